@@ -1,0 +1,146 @@
+"""Every message of the protocol, as a frozen record: what crosses the wire between a worker and the parameter server.
+
+Arrays are numpy: the wire knows no torch. Only durations cross the network, never timestamps (clocks disagree).
+Legend: d samples of one worker's step, C classes, F... shape of one sample at the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+Setting = int | float | str | bool
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Register:
+    """Worker -> PS. The first message of a session: who I am and what I hold."""
+
+    worker_id: str
+    protocol_version: int
+    device: str  # description for people: "cuda: Orin" or "cpu: aarch64, 6 cores"
+    versions: Mapping[str, str]  # {"mergesfl": "0.1.0", "torch": "2.5.0", "python": "3.10.12"}
+    num_samples: int
+    label_counts: tuple[int, ...]  # (C',) with C' <= C: labels that this worker never saw at the end may be missing
+    sample_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """PS -> worker. Accepted: build this model, cut it here, and say when it is ready."""
+
+    model: str
+    cut: str
+    num_classes: int
+    sample_shape: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Worker -> PS. The model is built and one sample has passed through its bottom."""
+
+    feature_shape: tuple[int, ...]  # F... of one sample
+    feature_bytes_per_sample: int
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """PS -> worker. Not accepted, and trying again will not help: the worker stops with this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Assign:
+    """PS -> worker. Work for one round."""
+
+    round_num: int
+    num_steps: int  # tau
+    num_exchanges: int  # tau (split) or 0 (federated)
+    batch_size: int  # d_i, samples per step
+    method: str  # name in the METHODS table: whose `work` function to run
+    settings: Mapping[str, Setting]  # learning_rate and the like
+    state: Mapping[str, Array]  # parameters and buffers to start from (bottom or full model)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Worker -> PS. One step's activations at the cut and their labels."""
+
+    round_num: int
+    step: int
+    features: Array  # (d, F...)
+    labels: Array  # (d,) int64
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """PS -> worker. dL/dfeatures for the same step, and how long the PS held the request."""
+
+    round_num: int
+    step: int
+    held_seconds: float
+    gradient: Array  # (d, F...)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Worker -> PS. The round is done: the trained state and what it cost."""
+
+    round_num: int
+    num_samples: int  # samples trained in this round
+    compute_seconds: float  # own forward and backward, whole round
+    transfer_seconds: float  # sum over steps of (exchange - held)
+    state: Mapping[str, Array]
+    metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": 0.3} of a federated method
+
+
+@dataclass(frozen=True)
+class Release:
+    """PS -> worker. This round is over for you (deadline missed, round void or aborted): drop it and wait."""
+
+    round_num: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Worker -> PS, while it waits: do you still know me?"""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """PS -> worker. Answer to Ping; also sent unasked, to find out whether the peer is still reachable."""
+
+
+@dataclass(frozen=True)
+class Reset:
+    """PS -> worker. I do not know this session (the PS was restarted, or dropped you): register again."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Worker -> PS. The worker stops in an orderly way (Ctrl-C, SIGTERM)."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Goodbye:
+    """PS -> worker. The run is finished or the PS stops in an orderly way."""
+
+    reason: str
+
+
+Message = (
+    Register | Welcome | Ready | Refuse | Assign | Features | Gradient | Update | Release | Ping | Pong | Reset | Leave | Goodbye
+)

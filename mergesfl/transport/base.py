@@ -1,0 +1,45 @@
+"""What an endpoint can do, whatever carries the frames: TCP and IPC (zeromq.py) or queues in one process (memory.py).
+
+A message on the wire is a list of frames: bytes-like objects, the header first (see mergesfl.protocol.codec).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+Frame = bytes | bytearray | memoryview
+Frames = Sequence[Frame]
+
+
+class ServerEndpoint(Protocol):
+    """The parameter server's end: one endpoint, many peers. Not thread-safe: one thread owns it."""
+
+    @property
+    def address(self) -> str:
+        """The address workers connect to, with the real port when port * or 0 was asked for."""
+
+    def send(self, peer: bytes, frames: Frames) -> None:
+        """Queues one message for one peer. Frames of 64 KiB and more are lent, not copied: do not change them.
+
+        Raises TransportError at once when the peer is gone or its queue is full.
+        """
+
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+        """The next message and the peer it came from; None when the time is over (0: only look)."""
+
+    def close(self) -> None:
+        """Closes the endpoint; messages already queued get up to the linger time to leave."""
+
+
+class WorkerEndpoint(Protocol):
+    """A worker's end: one connection to the parameter server, which may not be there yet."""
+
+    def send(self, frames: Frames) -> bool:
+        """Queues one message; False when there is no connection now (nothing was queued: try again later)."""
+
+    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+        """The next message; None when the time is over (0: only look)."""
+
+    def close(self) -> None:
+        """Closes the connection; messages already queued get up to the linger time to leave."""
