@@ -16,6 +16,18 @@ Array = NDArray[np.generic]
 Setting = int | float | str | bool
 
 PROTOCOL_VERSION = 1
+ATTEMPTS_PER_ROUND = 100
+
+
+def wire_round(round_num: int, attempt: int) -> int:
+    """The number that the messages of one attempt (1, 2, ...) at a round carry: a round that is repeated gets a new one,
+    so that late messages of the void attempt can be told from those of the new one."""
+    return round_num * ATTEMPTS_PER_ROUND + attempt - 1
+
+
+def round_of(wire_round_num: int) -> int:
+    """The round that a number of `wire_round` belongs to: what seeds are drawn from, the same in every attempt."""
+    return wire_round_num // ATTEMPTS_PER_ROUND
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Refuse:
 class Assign:
     """PS -> worker. Work for one round."""
 
-    round_num: int
+    round_num: int  # of `wire_round`, here and in all messages of the round
     num_steps: int  # tau
     num_exchanges: int  # tau (split) or 0 (federated)
     batch_size: int  # d_i, samples per step

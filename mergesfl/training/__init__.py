@@ -1,0 +1,1 @@
+"""Torch: cutting a network, merging features, averaging states, dropout, schedule, evaluation."""

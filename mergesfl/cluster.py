@@ -1,0 +1,268 @@
+"""A whole cluster on this machine: one parameter server and N workers, as processes (tcp, ipc) or threads (memory)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from mergesfl.config import RunConfig
+from mergesfl.data import load_partition, parse_partition, save_partition
+from mergesfl.data.dataset import Dataset
+from mergesfl.data.partition import Partition
+from mergesfl.errors import ConfigError, QuorumError
+from mergesfl.methods import CENTRAL
+from mergesfl.runtime.clock import WallClock
+from mergesfl.runtime.devices import local_thread_plan, resolve_device, set_threads, usable_cores
+from mergesfl.runtime.files import write_atomic
+from mergesfl.runtime.process import StopFlag
+from mergesfl.seeding import generator_for
+from mergesfl.transport import bind
+from mergesfl.transport.memory import MemoryHub
+from ps.plots import plot_partition
+from ps.progress import Progress
+from ps.recorder import prepare_folder
+from ps.run import Scene, serve, set_scene, train_centrally
+from ps.switchboard import InterruptedRunError
+from workers.__main__ import make_pace
+from workers.daemon import Daemon, DaemonSettings
+from workers.local_data import share_of
+
+FAREWELL_SECONDS = 15.0  # for the workers to end by themselves
+
+log = logging.getLogger("cluster")
+
+
+def worker_name(index: int) -> str:
+    """The id of the worker that holds share `index` of the partition."""
+    return f"worker-{index:02d}"
+
+
+def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Console, stop: StopFlag) -> dict[str, Any]:
+    """Starts everything, runs it, ends everything; returns the summary.
+
+    Raises ConfigError, DataError before anything was started; QuorumError, InterruptedRunError with the last closed
+    round saved.
+    """
+    if config.method.name != CENTRAL:
+        _check_paces(config)
+    folder = prepare_folder(config, resume, overwrite)
+    progress = Progress(console)
+    partition_text = "none" if config.method.name == CENTRAL else config.data.partition
+    cores = usable_cores()
+    ps_threads, worker_threads = local_thread_plan(config.cluster.num_workers, cores)
+    set_threads(config.cluster.ps_threads or (cores if config.method.name == CENTRAL else ps_threads))
+
+    def check() -> None:
+        if stop.is_set():
+            raise InterruptedRunError(f"stopped on request; go on with --resume (what is done is in {folder})")
+
+    try:
+        scene = set_scene(config, folder, partition_text, WallClock(), progress)
+        if config.method.name == CENTRAL:
+            summary = train_centrally(scene, resume, check)
+        else:
+            partition = share_out(config, scene.dataset, folder)
+            threads = config.cluster.worker_threads or worker_threads
+            if config.cluster.transport == "memory":
+                summary = _run_threads(scene, partition, resume, check)
+            else:
+                summary = _run_processes(scene, partition, folder, resume, threads, check)
+    finally:
+        progress.close()
+    progress.finished(summary, str(folder))
+    return summary
+
+
+def share_out(config: RunConfig, dataset: Dataset, folder: Path) -> Partition:
+    """Draws the partition (or loads a saved one), and leaves it in the folder with its statistics and its picture.
+
+    Raises ConfigError when a saved partition does not fit the data set or the number of workers.
+    """
+    labels, num_workers = dataset.train.y, config.cluster.num_workers
+    if config.data.partition_file is not None:
+        partition = load_partition(config.data.partition_file)
+        partition.check_labels(labels)
+        if partition.num_workers != num_workers:
+            raise ConfigError(
+                f"{config.data.partition_file} is for {partition.num_workers} workers, this run has {num_workers}: "
+                "set cluster.num_workers, or draw a new one"
+            )
+    else:
+        generator = generator_for(config.seed, "partition")
+        partitioner = parse_partition(config.data.partition)
+        partition = partitioner.split(labels, num_workers, generator, dataset.train.groups, config.seed)
+    path = folder / "partition.npz"
+    statistics = save_partition(path, partition, labels, dataset.num_classes)
+    if config.output.plots:
+        counts = np.stack(
+            [np.bincount(labels[share], minlength=dataset.num_classes) for share in partition.assignments]
+        )
+        title = f"{dataset.name}, {partition.text}"
+        plot_partition(folder / "partition.png", counts, dataset.class_names, title, statistics.mean_kl_nats)
+    return partition
+
+
+def _check_paces(config: RunConfig) -> None:
+    """A list of paces is empty or has one entry per worker; both declarations or none."""
+    cluster = config.cluster
+    for key in ("slowdowns", "declared_compute_seconds_per_sample", "declared_transfer_seconds_per_sample"):
+        length = len(getattr(cluster, key))
+        if length not in (0, cluster.num_workers):
+            raise ConfigError(
+                f"cluster.{key} has {length} entries for {cluster.num_workers} workers: give none or one each"
+            )
+    if bool(cluster.declared_compute_seconds_per_sample) != bool(cluster.declared_transfer_seconds_per_sample):
+        raise ConfigError(
+            "declare both cluster.declared_compute_seconds_per_sample and cluster.declared_transfer_..., or none"
+        )
+
+
+def _pace_of(config: RunConfig, index: int) -> tuple[float, float | None, float | None]:
+    """(slowdown, declared compute, declared transfer seconds per sample) of one worker."""
+    cluster = config.cluster
+    slowdown = cluster.slowdowns[index] if cluster.slowdowns else 1.0
+    if not cluster.declared_compute_seconds_per_sample:
+        return slowdown, None, None
+    compute_seconds = cluster.declared_compute_seconds_per_sample[index]
+    return slowdown, compute_seconds, cluster.declared_transfer_seconds_per_sample[index]
+
+
+def _run_threads(scene: Scene, partition: Partition, resume: bool, check: Callable[[], None]) -> dict[str, Any]:
+    """The cluster as threads of this process over memory endpoints."""
+    hub, stop, clock = MemoryHub(), StopFlag(), WallClock()
+    endpoint = hub.server()
+    device = resolve_device(scene.config.cluster.worker_device)
+    threads = []
+    for index, share in enumerate(partition.assignments):
+        daemon = Daemon(
+            DaemonSettings(worker_name(index), once=True),
+            hub.worker,
+            share_of(scene.dataset, share),
+            device,
+            clock,
+            make_pace(clock, *_pace_of(scene.config, index)),
+            stop.is_set,
+        )
+        threads.append(threading.Thread(target=daemon.run, name=worker_name(index), daemon=True))
+    for thread in threads:
+        thread.start()
+    try:
+        return serve(scene, endpoint, resume, check)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(FAREWELL_SECONDS)
+
+
+def _run_processes(
+    scene: Scene, partition: Partition, folder: Path, resume: bool, threads: int, check: Callable[[], None]
+) -> dict[str, Any]:
+    """The cluster as processes of this machine over tcp or ipc."""
+    with _address(scene.config.cluster.transport) as address:
+        endpoint = bind(address)
+        processes: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for index in range(len(partition.assignments)):
+                name = worker_name(index)
+                processes[name] = _start_worker(scene.config, endpoint.address, folder, index, threads)
+            pids = {name: process.pid for name, process in processes.items()}
+            write_atomic(
+                folder / "cluster.json",
+                json.dumps(
+                    {"address": endpoint.address, "ps_pid": os.getpid(), "worker_pids": pids}, indent=2
+                ).encode(),
+            )
+            return serve(scene, endpoint, resume, _watching(processes, folder, check))
+        finally:
+            _end(processes)
+
+
+@contextlib.contextmanager
+def _address(transport: str) -> Iterator[str]:
+    """An address on this machine that nobody else has."""
+    if transport == "tcp":
+        yield "tcp://127.0.0.1:*"
+        return
+    with tempfile.TemporaryDirectory(prefix="mergesfl-") as place:  # a short path: sun_path holds 107 bytes
+        yield f"ipc://{place}/ps.sock"
+
+
+def _start_worker(config: RunConfig, address: str, folder: Path, index: int, threads: int) -> subprocess.Popen[bytes]:
+    """One worker process; its output goes to workers/<name>.log."""
+    slowdown, compute_seconds, transfer_seconds = _pace_of(config, index)
+    command = [sys.executable, "-m", "workers", "--connect", address, "--id", worker_name(index), "--once"]
+    command += ["--dataset", config.data.dataset, "--partition", str(folder / "partition.npz"), "--index", str(index)]
+    command += ["--image-size-pixels", str(config.data.image_size_pixels)]
+    command += ["--device", config.cluster.worker_device, "--threads", str(threads), "--slowdown", str(slowdown)]
+    if compute_seconds is not None:
+        command += ["--declared-compute-seconds-per-sample", str(compute_seconds)]
+        command += ["--declared-transfer-seconds-per-sample", str(transfer_seconds)]
+    command += ["--exit-with-parent"]
+    logs = folder / "workers"
+    logs.mkdir(exist_ok=True)
+    with (logs / f"{worker_name(index)}.log").open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+
+
+def _watching(
+    processes: dict[str, subprocess.Popen[bytes]], folder: Path, check: Callable[[], None]
+) -> Callable[[], None]:
+    """`check`, which also says when a worker process has ended, and gives up when none is left."""
+    reported: set[str] = set()
+
+    def watch() -> None:
+        check()
+        for name, process in processes.items():
+            code = process.poll()
+            if code is not None and name not in reported:
+                reported.add(name)
+                log.warning("the process of %s ended with code %d: %s", name, code, _last_line(folder, name))
+        if len(reported) == len(processes):
+            first = min(reported)
+            raise QuorumError(
+                f"all {len(processes)} worker processes have ended; {first} said: {_last_line(folder, first)}"
+            )
+
+    return watch
+
+
+def _last_line(folder: Path, name: str) -> str:
+    path = folder / "workers" / f"{name}.log"
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{lines[-1]} ({path})" if lines else f"nothing ({path})"
+
+
+def _end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Waits for the workers to end by themselves; then asks, then forces. Nothing is left behind."""
+    for wait_seconds, act in (
+        (FAREWELL_SECONDS, subprocess.Popen.terminate),
+        (5.0, subprocess.Popen.kill),
+        (5.0, subprocess.Popen.kill),
+    ):
+        deadline_seconds = WallClock().now_seconds() + wait_seconds
+        for process in processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline_seconds - WallClock().now_seconds()))
+        left = [process for process in processes.values() if process.poll() is None]
+        if not left:
+            return
+        for process in left:
+            act(process)

@@ -1,0 +1,221 @@
+"""The configuration of a run: frozen, nested, checked at the door; every default stands here and only here.
+
+A file (TOML, or the JSON that a run leaves behind) and `--set section.key=value` fill it. Unknown keys are refused
+with the nearest legal name. Names of methods, models, data sets and partitions are looked up by their own tables.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergesfl.errors import ConfigError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover  (JetPack 6 ships Python 3.10)
+    import tomli as tomllib
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+
+class DataConfig(Section):
+    """What is learnt, and how it lies on the workers."""
+
+    dataset: str = "digits"  # a name of `mergesfl datasets`, or name:path
+    download: bool = False
+    image_size_pixels: PositiveInt = 144  # of the data set 'folder'
+    partition: str = "dirichlet(0.1)"  # iid, dirichlet(a), level(p), dominant(r), shards(k), quantity(b), groups
+    partition_file: Path | None = None  # a partition saved by an earlier run, instead of drawing one
+
+
+class ModelConfig(Section):
+    """The network and where it is cut."""
+
+    name: str = "cnn"  # a name of `mergesfl models`, or torchvision:NAME
+    cut: str | None = None  # a name of `mergesfl cuts MODEL`; None: the model's default
+
+
+class MethodConfig(Section):
+    """The method; the two switches belong to mergesfl."""
+
+    name: str = "mergesfl"
+    merging: bool = True  # one top step on the merged features; off: one top per worker
+    regulation: bool = True  # Algorithm 1; off: random selection, same batch
+
+
+class TrainingConfig(Section):
+    """Rounds, steps and rates."""
+
+    num_rounds: PositiveInt = 20
+    local_steps: PositiveInt = 10  # tau
+    batch_size: PositiveInt = 32  # D_max of Eq. 9, and the same batch of the unregulated methods
+    learning_rate: PositiveFloat = 0.1  # [code]
+    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.993  # per round [code]
+    learning_rate_min: PositiveFloat = 0.005  # [code]
+    bottom_learning_rate: Literal["equal", "proportional"] = "equal"  # proportional: eta * d_i / mean d
+    evaluate_every_rounds: PositiveInt = 1
+    evaluation_batch_size: PositiveInt = 256
+
+
+class ControlConfig(Section):
+    """The control module (Algorithm 1)."""
+
+    participants_per_round: PositiveInt | None = None  # None: as many as there are workers
+    ingress_budget_bytes: PositiveInt | None = None  # B per step; None: participants * batch_size * feature bytes
+    kl_epsilon_nats: PositiveFloat = 0.05
+    estimate_memory: Fraction = 0.8  # alpha of Eq. 5 and 6
+    fill_budget: bool = True
+    allow_above_max: bool = True  # filling the budget may take d_i above D_max
+
+
+class ClusterConfig(Section):
+    """Processes, links and what happens when they fail."""
+
+    num_workers: PositiveInt = 10
+    transport: Literal["tcp", "ipc", "memory"] = "tcp"  # of `mergesfl run`
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; of the parameter server
+    worker_device: str = "auto"  # of the workers that `mergesfl run` starts
+    ps_threads: PositiveInt | None = None  # torch threads; None: share the cores of this machine
+    worker_threads: PositiveInt | None = None
+    start_deadline_seconds: PositiveFloat = 120.0  # for num_workers to register; then a quorum is enough
+    step_deadline_seconds: PositiveFloat = 60.0  # a worker that answers later is dropped from the round
+    quorum_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # of a plan; fewer answers void the round
+    max_void_rounds: Annotated[int, Field(ge=1, le=100)] = 5  # in a row; then the run stops with a QuorumError
+    slowdowns: tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...] = ()  # worker i computes x times slower
+    declared_compute_seconds_per_sample: tuple[PositiveFloat, ...] = ()  # instead of measured ones, worker by worker
+    declared_transfer_seconds_per_sample: tuple[PositiveFloat, ...] = ()
+
+
+class OutputConfig(Section):
+    """What a run leaves behind."""
+
+    folder: Path = Path("runs")
+    checkpoint_every_rounds: PositiveInt = 5
+    tensorboard: bool = True
+    plots: bool = True
+    export: bool = True
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    training: TrainingConfig = TrainingConfig()
+    control: ControlConfig = ControlConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run writes: output.folder / name."""
+        return self.output.folder / self.name
+
+
+def _legal_keys(location: Sequence[str | int]) -> list[str]:
+    """The legal keys of the section at this place of the configuration."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    """Turns pydantic's list into lines that name key, value, limit and the nearest legal name."""
+    lines = []
+    for item in error.errors():
+        *section, key = item["loc"] or ("",)
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{name}': {nearest(str(key), _legal_keys(section))}")
+        else:
+            lines.append(f"'{name}' = {item['input']!r}: {item['msg']}")
+    return ConfigError(f"{source}:\n  " + "\n  ".join(lines))
+
+
+def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """Checks a nested mapping. Raises ConfigError with one line for every wrong key or value."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def _parse_value(text: str) -> Any:
+    """The value of `--set key=value`: TOML where it parses, else plain text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text in ("none", "None", "null") else text
+
+
+def apply_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Applies `section.key=value` texts to a nested mapping, in order, and returns a new one.
+
+    Raises ConfigError for a text without '=' or a key that leads through a value.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        parts = key.strip().split(".")
+        if not separator or not all(parts):
+            raise ConfigError(f"--set '{setting}': expected section.key=value, for example training.num_rounds=60")
+        place = result
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set '{setting}': '{part}' is a value, not a section")
+        place[parts[-1]] = _parse_value(text.strip())
+    return result
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops empty entries, so that a written configuration reads back as the defaults it came from."""
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+
+
+def load_config(path: Path | None, settings: Sequence[str] = ()) -> RunConfig:
+    """Reads a TOML or JSON file (None: all defaults) and applies `--set` texts.
+
+    Raises ConfigError naming the file, the key, the value and what would be legal.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the configuration {path}: {error.strerror}; give the path of a .toml file"
+            ) from None
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid {path.suffix or 'TOML'}: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a table of sections, got {type(values).__name__}")
+    return parse_config(_without_none(apply_settings(values, settings)), str(path or "configuration"))
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """The effective configuration as plain JSON values; `load_config` reads it back."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    return values

@@ -1,0 +1,80 @@
+"""Fills the ingress budget with a set whose weights are given, as far as rounding and caps leave the merged labels right.
+
+Scaling all d_i by one factor leaves the mixture as it is [paper], except that d_i are integers and that nobody has more
+samples than it has. So the largest total is looked for whose KL is still within a limit [ours].
+
+Legend: n chosen workers, C classes, d_i samples per step of worker i, D their sum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergesfl.control.batching import scale_to_total
+from mergesfl.control.divergence import REFERENCE_FLOOR, kl_nats, mixture
+from mergesfl.control.fleet import FloatArray, IntArray
+
+_FILL_CANDIDATES = 12  # totals tried between the least and the most, evenly spaced
+_MAX_TRANSFERS = 64  # single samples moved from one worker to another to undo what rounding did to the KL
+
+
+def fill_within(
+    weights: FloatArray,
+    caps: IntArray,
+    least_samples: int,
+    most_samples: int,
+    limit_nats: float,
+    distributions: FloatArray,
+    reference: FloatArray,
+    seconds_per_sample: FloatArray,
+) -> IntArray:
+    """(n,) integer d_i in proportion to the weights, with the largest sum D whose KL is within the limit.
+
+    Args:
+        weights: (n,) w_i = d_i / D.
+        caps: (n,) largest d_i allowed.
+        least_samples: least D: where no D is within the limit it is taken, and single samples are moved between workers
+            while that lowers the KL and makes the round no longer.
+        most_samples: largest D.
+        limit_nats: bound on the KL of the merged labels.
+        distributions: (n, C) V_i.
+        reference: (C,) Phi_0.
+        seconds_per_sample: (n,) mu_i + beta_i.
+    """
+    for total in np.unique(np.linspace(least_samples, most_samples, _FILL_CANDIDATES).astype(np.int64))[::-1]:
+        sizes = scale_to_total(weights, caps, int(total))
+        if kl_nats(mixture(sizes, distributions), reference) <= limit_nats:
+            return sizes
+    sizes = scale_to_total(weights, caps, least_samples)
+    return _with_transfers(sizes, caps, limit_nats, distributions, reference, seconds_per_sample)
+
+
+def _with_transfers(
+    batch_sizes: IntArray,
+    caps: IntArray,
+    limit_nats: float,
+    distributions: FloatArray,
+    reference: FloatArray,
+    seconds: FloatArray,
+) -> IntArray:
+    """(n,) moves single samples between workers while the KL is above the limit and falls; the round gets no longer."""
+    sizes = batch_sizes.copy()
+    kl = kl_nats(mixture(sizes, distributions), reference)
+    longest = float((sizes * seconds).max()) * (1 + 1e-9)
+    for _ in range(_MAX_TRANSFERS):
+        givers = np.flatnonzero(sizes > 1)
+        takers = np.flatnonzero((sizes < caps) & ((sizes + 1) * seconds <= longest))
+        if kl <= limit_nats or len(givers) == 0 or len(takers) == 0:
+            break
+        phi = np.maximum(mixture(sizes, distributions), 1e-300)  # (C,)
+        slope = distributions @ np.log(
+            phi / np.maximum(reference, REFERENCE_FLOOR)
+        )  # (n,) dKL/dd_i, up to a constant and factor
+        moved = sizes.copy()
+        moved[givers[np.argmax(slope[givers])]] -= 1
+        moved[takers[np.argmin(slope[takers])]] += 1
+        moved_kl = kl_nats(mixture(moved, distributions), reference)
+        if moved_kl >= kl:
+            break
+        sizes, kl = moved, moved_kl
+    return sizes

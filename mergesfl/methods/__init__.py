@@ -1,0 +1,24 @@
+"""All methods, as one literal table. To add one: a file that reads like its paper, and a line here."""
+
+from __future__ import annotations
+
+from mergesfl.errors import unknown_name
+from mergesfl.methods import central, fedavg, mergesfl, splitfed_v1, splitfed_v2
+from mergesfl.methods.base import Method
+
+METHODS: dict[str, Method] = {
+    "mergesfl": mergesfl.METHOD,
+    "splitfed-v1": splitfed_v1.METHOD,
+    "splitfed-v2": splitfed_v2.METHOD,
+    "fedavg": fedavg.METHOD,
+}
+
+CENTRAL = "central"  # has no workers and no exchanges, hence no program: see mergesfl.methods.central
+SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()} | {CENTRAL: central.SUMMARY}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name. Raises ConfigError with the nearest legal name."""
+    if name not in METHODS:
+        raise unknown_name("method", name, SUMMARIES)
+    return METHODS[name]

@@ -1,0 +1,143 @@
+"""What a method is: one program for the parameter server, one function for the worker, and no input or output.
+
+The only hole through which a method reaches the network is the function `exchange(step, z, y) -> gradient` that the
+worker's side is given. Legend: d_i samples of worker i in one step, D their sum, F... shape of a sample at the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergesfl.control.fleet import FleetView
+from mergesfl.control.plan import RoundPlan
+from mergesfl.training.split import SplitModel
+
+Setting = int | float | str | bool
+State = Mapping[str, Tensor]
+Exchange = Callable[[int, Tensor, Tensor], Tensor]  # (step, z (d_i, F...), y (d_i,)) -> dL/dz (d_i, F...)
+Batches = Iterator[tuple[Tensor, Tensor]]  # endless (x (d_i, *sample), y (d_i,))
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Everything a program turns on; the same names as in the configuration."""
+
+    seed: int
+    num_steps: int  # tau
+    batch_size: int  # D_max
+    participants_per_round: int
+    learning_rate: float
+    learning_rate_decay: float
+    learning_rate_min: float
+    merging: bool = True
+    regulation: bool = True
+    bottom_learning_rate: str = "equal"
+    ingress_budget_bytes: int | None = None
+    kl_epsilon_nats: float = 0.05
+    fill_budget: bool = True
+    allow_above_max: bool = True
+
+
+@dataclass(frozen=True)
+class StepFeatures:
+    """What one worker sent in one step: features (d_i, F...) and labels (d_i,), on the device of the top."""
+
+    worker_id: str
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class WorkerUpdate:
+    """What one worker brings back from a round."""
+
+    worker_id: str
+    state: State
+    num_samples: int  # trained in this round
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one worker is asked to do in one round."""
+
+    round_num: int
+    num_steps: int
+    batch_size: int
+    settings: Mapping[str, Setting]
+    state: State
+    seed: int  # of this worker in this round
+
+
+@dataclass(frozen=True)
+class WorkResult:
+    """What `work` returns: the trained state and, of a method that computes the loss itself, its mean."""
+
+    state: dict[str, Tensor]
+    num_samples: int
+    metrics: Mapping[str, float]
+
+
+class ServerProgram(Protocol):
+    """The parameter server's side of a method. `merge` is called only when a plan has exchanges."""
+
+    @property
+    def network(self) -> SplitModel:
+        """The global model as it stands after the last closed round, for evaluation and export."""
+        ...
+
+    def plan(self, round_num: int, fleet: FleetView, generator: np.random.Generator) -> RoundPlan:
+        """Decides who takes part and with which batch size. No side effect."""
+        ...
+
+    def open(self, plan: RoundPlan, fleet: FleetView) -> None:
+        """Starts the round of this plan."""
+        ...
+
+    def settings_for(self, worker_id: str) -> dict[str, Setting]:
+        """What `work` on this worker must know."""
+        ...
+
+    def state_for(self, worker_id: str) -> State:
+        """Parameters and buffers that this worker starts the round from."""
+        ...
+
+    def merge(self, step: int, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """Trains the top on one step's features (in plan order) and returns dL/dz_i for each worker's own mean loss."""
+        ...
+
+    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+        """Aggregates those who finished (in plan order); the mean training loss in nats, if there is one."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next round depends on; new tensors, so that a void round can be undone."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Goes back to a state that `state_dict` returned."""
+        ...
+
+
+Work = Callable[[SplitModel, Assignment, Batches, Exchange], WorkResult]
+MakeServer = Callable[[SplitModel, MethodSettings, torch.device], ServerProgram]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the METHODS table."""
+
+    summary: str
+    make_server: MakeServer
+    work: Work
+
+
+def copy_state(state: State) -> dict[str, Tensor]:
+    """Detached copies in main memory, which nobody else writes to."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}

@@ -1,0 +1,156 @@
+"""What all split methods share: the bottoms travel and are averaged, the top (or tops) stays on the server.
+
+A round (spec, section 1): every chosen worker gets the global bottom; for k = 1..tau it sends features and labels and
+gets the gradient at the cut back; at the end the bottoms are averaged. The methods differ in `plan`, in what the top
+does with the features of a step (a `TopTrainer`) and in the weights of the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergesfl.control.fleet import FleetView
+from mergesfl.control.plan import RoundPlan
+from mergesfl.methods.base import (
+    Assignment,
+    Batches,
+    Exchange,
+    MethodSettings,
+    Setting,
+    State,
+    StepFeatures,
+    WorkerUpdate,
+    WorkResult,
+    copy_state,
+)
+from mergesfl.seeding import seed_for
+from mergesfl.training.aggregation import weighted_mean
+from mergesfl.training.dropout import seed_dropout
+from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.split import SplitModel
+
+
+class TopTrainer(Protocol):
+    """What the server does with the features of a step."""
+
+    def open(self, worker_ids: Sequence[str], rate: float) -> None:
+        """Starts a round with these workers and this learning rate."""
+        ...
+
+    def step(self, arrived: Sequence[StepFeatures], seed: int) -> tuple[list[Tensor], float]:
+        """Trains on one step: dL/dz_i (d_i, F...) of each worker's own mean loss, and the mean loss in nats."""
+        ...
+
+    def close(self, weights: dict[str, float]) -> None:
+        """Ends the round; the weights are those of the bottoms of the workers that finished."""
+        ...
+
+
+class SplitProgram:
+    """The server's side of a split method (implements `ServerProgram`); subclasses give `plan` and `weight_of`."""
+
+    def __init__(
+        self, network: SplitModel, settings: MethodSettings, device: torch.device, trainer: TopTrainer
+    ) -> None:
+        self._network = network
+        self._settings = settings
+        self._trainer = trainer
+        network.to(device)
+        self._bottom = copy_state(network.bottom.state_dict())
+        self._plan: RoundPlan | None = None
+        self._num_samples: dict[str, int] = {}
+        self._losses_nats: list[float] = []
+
+    @property
+    def network(self) -> SplitModel:
+        """The global bottom and top."""
+        return self._network
+
+    def plan(self, round_num: int, fleet: FleetView, generator: np.random.Generator) -> RoundPlan:
+        """Decides who takes part; each method has its own."""
+        raise AssertionError("a split method defines plan()")
+
+    def weight_of(self, worker_id: str) -> float:
+        """Weight of this worker's bottom in the average; each method has its own."""
+        raise AssertionError("a split method defines weight_of()")
+
+    def open(self, plan: RoundPlan, fleet: FleetView) -> None:
+        """Starts the round: the top's learning rate follows the schedule."""
+        self._plan = plan
+        self._num_samples = {worker.worker_id: worker.num_samples for worker in fleet.workers}
+        self._losses_nats = []
+        self._network.train()
+        self._trainer.open(plan.worker_ids, self._rate(plan.round_num))
+
+    def settings_for(self, worker_id: str) -> dict[str, Setting]:
+        """The bottom's learning rate: `equal`, or `proportional`: eta * d_i / mean d [ours: the normalisation]."""
+        plan = self._current_plan()
+        rate = self._rate(plan.round_num)
+        if self._settings.bottom_learning_rate == "proportional":
+            rate *= plan.batch_size_of(worker_id) * len(plan.batch_sizes) / sum(plan.batch_sizes)
+        return {"learning_rate": rate}
+
+    def state_for(self, worker_id: str) -> State:
+        """The global bottom, the same for all."""
+        return self._bottom
+
+    def merge(self, step: int, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """Hands the step to the top; dropout masks of the top depend on (seed, round, step) alone."""
+        seed = seed_for(self._settings.seed, "top", self._current_plan().round_num, step)
+        gradients, loss_nats = self._trainer.step(arrived, seed)
+        self._losses_nats.append(loss_nats)
+        return gradients
+
+    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+        """Averages the bottoms of those who finished (Eq. 17) and ends the round of the top."""
+        weights = {update.worker_id: self.weight_of(update.worker_id) for update in updates}
+        self._bottom = weighted_mean([update.state for update in updates], list(weights.values()))
+        self._network.bottom.load_state_dict(self._bottom)
+        self._trainer.close(weights)
+        return sum(self._losses_nats) / len(self._losses_nats) if self._losses_nats else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The joined network: names of the bottom and of the top never clash, they are those of the uncut network."""
+        return copy_state(self._network.joined_state_dict())
+
+    def load_state_dict(self, state: State) -> None:
+        """Takes the joined network back."""
+        self._network.load_joined_state_dict(state)
+        self._bottom = copy_state(self._network.bottom.state_dict())
+
+    def _current_plan(self) -> RoundPlan:
+        assert self._plan is not None, "open() comes first"
+        return self._plan
+
+    def _rate(self, round_num: int) -> float:
+        s = self._settings
+        return learning_rate(round_num, s.learning_rate, s.learning_rate_decay, s.learning_rate_min)
+
+
+def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: Exchange) -> WorkResult:
+    """The worker's side of every split method: tau times bottom forward, exchange, bottom backward, step [paper].
+
+    The gradient that comes back is that of the mean loss over this worker's own d_i samples (dispatch [code]).
+    """
+    bottom = model.bottom
+    bottom.load_state_dict(assignment.state)
+    bottom.train()
+    parameters = list(bottom.parameters())
+    optimizer = make_sgd(parameters, float(assignment.settings["learning_rate"])) if parameters else None
+    num_samples = 0
+    for step in range(assignment.num_steps):
+        x, y = next(batches)  # (d_i, *sample), (d_i,)
+        seed_dropout(bottom, seed_for(assignment.seed, "step", step))
+        z = bottom(x)  # (d_i, F...)
+        gradient = exchange(step, z.detach(), y)  # (d_i, F...)
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+            z.backward(gradient)
+            optimizer.step()
+        num_samples += len(y)
+    return WorkResult(copy_state(bottom.state_dict()), num_samples, {})

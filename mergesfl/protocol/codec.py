@@ -1,0 +1,233 @@
+"""Message <-> frames. One msgpack header, then one raw frame per tensor.
+
+    frame 0      msgpack [version, kind, {field: value}, [[field, key, dtype, shape], ...]]
+    frame 1...   the elements of each tensor, in the order of the specs: little-endian, C order, nothing else
+
+`key` is the name within a state, "" for a field that is one tensor. Two rules:
+
+1. Whatever bytes arrive, `decode` returns a message or raises RemoteProtocolError, and holds memory in proportion to
+   the frames it was given.
+2. What we would refuse we do not send: `encode` applies the same rules and raises LocalProtocolError.
+
+No pickle, no msgpack extension types, no object or complex arrays. [ours]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as record_fields
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from mergesfl.errors import LocalProtocolError, RemoteProtocolError
+from mergesfl.protocol.arrays import checked, lent, viewed
+from mergesfl.protocol.limits import DEFAULT, Limits
+from mergesfl.protocol.messages import (
+    PROTOCOL_VERSION,
+    Array,
+    Assign,
+    Features,
+    Goodbye,
+    Gradient,
+    Leave,
+    Message,
+    Ping,
+    Pong,
+    Ready,
+    Refuse,
+    Register,
+    Release,
+    Reset,
+    Update,
+    Welcome,
+)
+from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS, IllegalValue, name, shown
+
+Frame = bytes | bytearray | memoryview
+
+KINDS: Mapping[str, type[Message]] = {
+    "assign": Assign,
+    "features": Features,
+    "goodbye": Goodbye,
+    "gradient": Gradient,
+    "leave": Leave,
+    "ping": Ping,
+    "pong": Pong,
+    "ready": Ready,
+    "refuse": Refuse,
+    "register": Register,
+    "release": Release,
+    "reset": Reset,
+    "update": Update,
+    "welcome": Welcome,
+}
+_KIND_OF = {record: kind for kind, record in KINDS.items()}
+
+_FIELDS = {kind: [field.name for field in record_fields(record)] for kind, record in KINDS.items()}
+
+
+def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
+    """The frames of a message.
+
+    A tensor frame is a view of the array's own memory where the array is C-contiguous and little-endian, else a copy:
+    whoever sends the frames lends that memory and must not change it until the message has left.
+
+    Raises:
+        LocalProtocolError: the message breaks a rule or a limit: our bug.
+    """
+    kind = _KIND_OF.get(type(message))
+    if kind is None:
+        raise LocalProtocolError(f"{shown(message)} is no message; the kinds are {', '.join(KINDS)}")
+    try:
+        return _encode(kind, message, limits)
+    except IllegalValue as error:
+        raise LocalProtocolError(f"cannot send {kind}: {error}; correct it where the message is made") from None
+
+
+def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
+    """The message in these frames; its arrays are read-only views of the frames (no copy) and keep them alive.
+
+    A frame that does not lie on a multiple of its element size (short frames that share a receive buffer) is copied:
+    torch and vector instructions want aligned memory.
+
+    Raises:
+        RemoteProtocolError: the frames are no legal message. Nothing else is ever raised for the contents of frames.
+    """
+    try:
+        return _decode([memoryview(frame) for frame in frames], limits)
+    except IllegalValue as error:
+        raise RemoteProtocolError(f"{error}; close this peer and see that both ends run the same mergesfl") from None
+
+
+def wire_bytes(frames: Sequence[Frame]) -> int:
+    """Bytes of payload in these frames, header included; the transport's own framing is not."""
+    return sum(memoryview(frame).nbytes for frame in frames)
+
+
+def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
+    values: dict[str, object] = {}
+    specs: list[tuple[str, str, str, tuple[int, ...]]] = []
+    tensors: list[Frame] = []
+
+    def add(field: str, key: str, array: object) -> None:
+        plain = checked(f"{field} {key}".strip(), array, limits)
+        specs.append((field, key, plain.dtype.name, plain.shape))
+        tensors.append(lent(plain))
+
+    for field in _FIELDS[kind]:
+        value = getattr(message, field)
+        if field in ARRAY_FIELDS:
+            add(field, "", value)
+        elif field in STATE_FIELDS:
+            if not isinstance(value, Mapping):
+                raise IllegalValue(f"{field} is {shown(value)}, expected a mapping")
+            for key, array in value.items():
+                add(field, _named(f"name in {field}", key, limits), array)
+        else:
+            values[field] = _ruled(field, value, limits)
+    _check_whole(message)
+    header: bytes = msgpack.packb([PROTOCOL_VERSION, kind, values, specs], use_bin_type=True)
+    frames: list[Frame] = [header, *tensors]
+    _check_sizes(frames, limits)
+    return frames
+
+
+def _decode(frames: list[memoryview], limits: Limits) -> Message:
+    _check_sizes(frames, limits)
+    kind, values, specs = _parsed(frames[0], limits)
+    expected = [field for field in _FIELDS[kind] if field not in ARRAY_FIELDS | STATE_FIELDS]
+    if values.keys() != set(expected):
+        odd = sorted(map(shown, values.keys() ^ set(expected)))[:4]
+        raise IllegalValue(f"{kind} with missing or unknown fields {', '.join(odd)}; expected {expected}")
+    if len(specs) != len(frames) - 1:
+        raise IllegalValue(f"{kind} announces {len(specs)} tensors and brings {len(frames) - 1} frames")
+    content: dict[str, Any] = {field: _ruled(field, values[field], limits) for field in expected}
+    states: dict[str, dict[str, Array]] = {field: {} for field in _FIELDS[kind] if field in STATE_FIELDS}
+    for spec, frame in zip(specs, frames[1:], strict=True):
+        if type(spec) is not list or len(spec) != 4:
+            raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape]")
+        field, key, dtype_name, dimensions = spec
+        if type(field) is not str or type(key) is not str:
+            raise IllegalValue(f"{kind} with a tensor named {shown(field)} {shown(key)}, expected two strings")
+        if field in states and key not in states[field]:
+            states[field][_named(f"name in {field}", key, limits)] = viewed(frame, dtype_name, dimensions, limits)
+        elif field in ARRAY_FIELDS and field in _FIELDS[kind] and key == "" and field not in content:
+            content[field] = viewed(frame, dtype_name, dimensions, limits)
+        else:
+            raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
+    content |= states
+    if len(content) != len(_FIELDS[kind]):
+        raise IllegalValue(f"{kind} without the tensor {sorted(set(_FIELDS[kind]) - set(content))}")
+    message = KINDS[kind](**content)
+    _check_whole(message)
+    return message
+
+
+def _parsed(header: memoryview, limits: Limits) -> tuple[str, dict[str, object], list[object]]:
+    """Kind, fields and tensor specs of a header whose values are still unchecked."""
+    try:
+        parts = msgpack.unpackb(
+            header,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_distinct,
+            max_str_len=4 * limits.max_text_length,  # UTF-8: up to 4 bytes per character
+            max_bin_len=0,
+            max_ext_len=0,
+            max_array_len=max(limits.max_sequence_length, limits.max_tensors),
+            max_map_len=max(limits.max_map_entries, 16),  # 16: no message has as many fields
+        )
+    except Exception as error:  # whatever the foreign parser raises: ValueError, RecursionError, its own types ...
+        raise IllegalValue(f"header of {header.nbytes} bytes is no msgpack: {str(error)[:200]}") from None
+    if type(parts) is not list or not parts or type(parts[0]) is not int:
+        raise IllegalValue("header is not [version, kind, fields, tensors]")
+    if parts[0] != PROTOCOL_VERSION:
+        raise IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
+    if len(parts) != 4 or type(parts[2]) is not dict or type(parts[3]) is not list:
+        raise IllegalValue("header is not [version, kind, fields, tensors]")
+    if type(parts[1]) is not str or parts[1] not in KINDS:
+        raise IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
+    return parts[1], parts[2], parts[3]
+
+
+def _distinct(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    items = list(pairs)
+    entries = dict(items)
+    if len(entries) != len(items):
+        raise ValueError("a key occurs twice")
+    return entries
+
+
+def _ruled(field: str, value: object, limits: Limits) -> object:
+    try:
+        return RULES[field](value, limits)
+    except IllegalValue as error:
+        raise IllegalValue(f"{field} is {error}") from None
+
+
+def _named(what: str, value: object, limits: Limits) -> str:
+    try:
+        return name(value, limits)
+    except IllegalValue as error:
+        raise IllegalValue(f"{what} is {error}") from None
+
+
+def _check_sizes(frames: Sequence[Frame], limits: Limits) -> None:
+    if not 1 <= len(frames) <= limits.max_frames:
+        raise IllegalValue(f"message of {len(frames)} frames, expected 1 to {limits.max_frames}")
+    header_bytes, num_bytes = wire_bytes(frames[:1]), wire_bytes(frames)
+    if header_bytes > limits.max_header_bytes:
+        raise IllegalValue(f"header of {header_bytes} bytes, the limit is {limits.max_header_bytes}")
+    if num_bytes > limits.max_message_bytes:
+        raise IllegalValue(f"message of {num_bytes} bytes, the limit is {limits.max_message_bytes}")
+
+
+def _check_whole(message: Message) -> None:
+    """The one rule that ties two fields: labels (d,) int64 beside features (d, F...)."""
+    if isinstance(message, Features):
+        labels, features = message.labels, message.features
+        if labels.dtype != np.int64 or labels.ndim != 1 or features.shape[:1] != labels.shape:
+            found = f"features {features.shape} with labels {labels.dtype} {labels.shape}"
+            raise IllegalValue(f"{found}, expected (d, F...) and int64 (d,)")

@@ -1,0 +1,176 @@
+"""What each field of a message may hold: one rule per field name, the same for sending and for receiving.
+
+A rule takes a value of any type whatever and returns it as the message holds it, or raises IllegalValue. Types are
+exact: a bool is no int, a string no sequence. An int is a legal float, as in Python's own typing. All rules are [ours].
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+
+from mergesfl.protocol.limits import Limits
+
+Rule = Callable[[object, Limits], object]
+
+
+class IllegalValue(ValueError):
+    """A value that no message may hold. Never leaves the package: the codec says whose fault it is."""
+
+
+def shown(value: object) -> str:
+    """A value for an error message, short whatever its size."""
+    if type(value) is int and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return reprlib.repr(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def _whole(value: object, low: int, high: int) -> int:
+    if type(value) is not int:
+        raise IllegalValue(f"{shown(value)}, expected an int")
+    if not low <= value <= high:
+        raise IllegalValue(f"{shown(value)}, expected {low} to {high}")
+    return value
+
+
+def _string(value: object, max_length: int) -> str:
+    if type(value) is not str:
+        raise IllegalValue(f"{shown(value)}, expected a str")
+    if len(value) > max_length:
+        raise IllegalValue(f"{shown(value)} of {len(value)} characters, the limit is {max_length}")
+    return value
+
+
+def _sequence(value: object, max_length: int) -> list[object]:
+    if type(value) not in (list, tuple):
+        raise IllegalValue(f"{shown(value)}, expected a sequence")
+    items: list[object] = list(value)  # type: ignore[call-overload]
+    if len(items) > max_length:
+        raise IllegalValue(f"{len(items)} entries, the limit is {max_length}")
+    return items
+
+
+def count(value: object, limits: Limits) -> int:
+    """Rounds, steps, samples, bytes: an int from 0 to max_count."""
+    return _whole(value, 0, limits.max_count)
+
+
+def seed(value: object, limits: Limits) -> int:
+    """An int from 0 to max_int."""
+    return _whole(value, 0, limits.max_int)
+
+
+def real(value: object, limits: Limits) -> float:
+    """A finite float; an int counts as one."""
+    if type(value) is int:
+        return float(_whole(value, -limits.max_int, limits.max_int))
+    if type(value) is not float:
+        raise IllegalValue(f"{shown(value)}, expected a float")
+    if not math.isfinite(value):
+        raise IllegalValue(f"{value}, expected a finite number")
+    return value
+
+
+def seconds(value: object, limits: Limits) -> float:
+    """A duration: a finite float from 0 to max_seconds."""
+    number = real(value, limits)
+    if not 0.0 <= number <= limits.max_seconds:
+        raise IllegalValue(f"{number}, expected 0 to {limits.max_seconds} seconds")
+    return number
+
+
+def text(value: object, limits: Limits) -> str:
+    """Words for people: any str up to max_text_length characters that UTF-8 can carry."""
+    string = _string(value, limits.max_text_length)
+    try:
+        string.encode("utf-8")
+    except UnicodeEncodeError:
+        raise IllegalValue(f"{shown(string)} holds half a character (a surrogate)") from None
+    return string
+
+
+def name(value: object, limits: Limits) -> str:
+    """A name for programs: 1 to max_name_length printable characters (no line breaks, no terminal codes)."""
+    string = _string(value, limits.max_name_length)
+    if not string or not string.isprintable():
+        raise IllegalValue(f"{shown(string)}, expected printable characters, at least one")
+    return string
+
+
+def optional_name(value: object, limits: Limits) -> str:
+    """A name, or "" for none (a federated method has no cut)."""
+    return "" if value == "" and type(value) is str else name(value, limits)
+
+
+def setting(value: object, limits: Limits) -> int | float | str | bool:
+    """A setting of a method: int, finite float, str or bool."""
+    if type(value) is bool:
+        return value
+    if type(value) is int:
+        return _whole(value, -limits.max_int, limits.max_int)
+    return text(value, limits) if type(value) is str else real(value, limits)
+
+
+def shape(value: object, limits: Limits) -> tuple[int, ...]:
+    """The shape of a tensor: at most max_tensor_rank dimensions, none larger than a message could be."""
+    dimensions = _sequence(value, limits.max_tensor_rank)
+    return tuple(_whole(dimension, 0, limits.max_message_bytes) for dimension in dimensions)
+
+
+def counts(value: object, limits: Limits) -> tuple[int, ...]:
+    """A sequence of counts."""
+    return tuple(count(item, limits) for item in _sequence(value, limits.max_sequence_length))
+
+
+def table_of(rule: Rule) -> Rule:
+    """The rule for a mapping from names to values that obey `rule`."""
+
+    def table(value: object, limits: Limits) -> dict[str, object]:
+        if not isinstance(value, Mapping):
+            raise IllegalValue(f"{shown(value)}, expected a mapping")
+        if len(value) > limits.max_map_entries:
+            raise IllegalValue(f"{len(value)} entries, the limit is {limits.max_map_entries}")
+        return dict(entry(key, item, limits) for key, item in value.items())
+
+    def entry(key: object, item: object, limits: Limits) -> tuple[str, object]:
+        try:
+            return name(key, limits), rule(item, limits)
+        except IllegalValue as error:
+            raise IllegalValue(f"entry {shown(key)} is {error}") from None
+
+    return table
+
+
+RULES: Mapping[str, Rule] = {
+    "batch_size": count,
+    "compute_seconds": seconds,
+    "cut": optional_name,
+    "device": text,
+    "feature_bytes_per_sample": count,
+    "feature_shape": shape,
+    "held_seconds": seconds,
+    "label_counts": counts,
+    "method": name,
+    "metrics": table_of(real),
+    "model": name,
+    "num_classes": count,
+    "num_exchanges": count,
+    "num_samples": count,
+    "num_steps": count,
+    "protocol_version": count,
+    "reason": text,
+    "round_num": count,
+    "sample_shape": shape,
+    "seed": seed,
+    "settings": table_of(setting),
+    "step": count,
+    "transfer_seconds": seconds,
+    "versions": table_of(text),
+    "worker_id": name,
+}
+
+ARRAY_FIELDS = frozenset({"features", "labels", "gradient"})  # one tensor each
+STATE_FIELDS = frozenset({"state"})  # a mapping from names to tensors

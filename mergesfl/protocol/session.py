@@ -1,0 +1,213 @@
+"""Which message is legal in which state: one table, kept in step at both ends.
+
+Theory of operation. Each end holds one Session per connection and shows it every message before it is sent and after it
+was decoded. Both ends run the same table, so at rest they are in the same state; between a send and its receipt they
+may differ, and the rules below say exactly how far.
+
+    NEW --Register--> REGISTERING --Welcome--> BUILDING --Ready--> IDLE
+    IDLE --Assign--> WORKING --(Features--> WAITING --Gradient--> WORKING) x num_exchanges --Update--> IDLE
+
+Rules:
+1. A round number is used once in a session: each Assign carries a larger one than the last. Otherwise a late message
+   of a released attempt could not be told from the new one. A round that is repeated gets a new number.
+2. Features carry the round of the assignment and the next step, counted from 0; a Gradient answers exactly them; an
+   Update comes after num_exchanges exchanges and not before.
+3. Release ends the round at once (WORKING or WAITING -> IDLE) and a new Assign may follow at once. What the worker had
+   sent before it saw the Release is STALE: at most one message, because it sends one and then waits, and none if the PS
+   released it while WAITING. Messages keep their order, so anything fresh proves that nothing stale is left.
+4. A Release that crosses the worker's Update is STALE at the worker, and so is a Gradient of any round it has left.
+5. Ping, Pong are legal from Register on. Leave, Refuse, Reset, Goodbye close the session from every state. What still
+   arrives at an end that closed by itself is STALE; a peer that closed may say nothing more.
+6. A Session ends with its connection. To register again, open a new connection (new routing id) and a new Session:
+   then nothing of the old session can reach the new one.
+7. An error changes nothing: the PS can still send Refuse or Reset to a worker that broke the protocol.
+
+All [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from mergesfl.errors import LocalProtocolError, RemoteProtocolError
+from mergesfl.protocol.messages import (
+    Assign,
+    Features,
+    Goodbye,
+    Gradient,
+    Leave,
+    Message,
+    Ping,
+    Pong,
+    Ready,
+    Refuse,
+    Register,
+    Release,
+    Reset,
+    Update,
+    Welcome,
+)
+
+
+class Role(Enum):
+    """Which end holds this session."""
+
+    WORKER = "worker"
+    SERVER = "server"
+
+
+class State(Enum):
+    """Where a session stands."""
+
+    NEW = "new"  # nothing said yet
+    REGISTERING = "registering"  # Register is out, the answer is not
+    BUILDING = "building"  # welcome; the worker builds its model
+    IDLE = "idle"
+    WORKING = "working"  # the worker's turn
+    WAITING = "waiting"  # features are out: the PS's turn
+    CLOSED = "closed"
+
+
+class Arrival(Enum):
+    """What to do with a legal message that was received: use it, or drop it without a word."""
+
+    FRESH = "fresh"
+    STALE = "stale"
+
+
+Table = Mapping[State, Mapping[type[Message], State]]
+
+FROM_WORKER: Table = {
+    State.NEW: {Register: State.REGISTERING, Leave: State.CLOSED},
+    State.REGISTERING: {Ping: State.REGISTERING, Leave: State.CLOSED},
+    State.BUILDING: {Ready: State.IDLE, Ping: State.BUILDING, Leave: State.CLOSED},
+    State.IDLE: {Ping: State.IDLE, Leave: State.CLOSED},
+    State.WORKING: {
+        Features: State.WAITING,
+        Update: State.IDLE,
+        Ping: State.WORKING,
+        Leave: State.CLOSED,
+    },
+    State.WAITING: {Ping: State.WAITING, Leave: State.CLOSED},
+    State.CLOSED: {},
+}
+
+_CLOSING: Mapping[type[Message], State] = {Refuse: State.CLOSED, Reset: State.CLOSED, Goodbye: State.CLOSED}
+
+FROM_SERVER: Table = {
+    State.NEW: {**_CLOSING},
+    State.REGISTERING: {Welcome: State.BUILDING, Pong: State.REGISTERING, **_CLOSING},
+    State.BUILDING: {Pong: State.BUILDING, **_CLOSING},
+    State.IDLE: {Assign: State.WORKING, Pong: State.IDLE, **_CLOSING},
+    State.WORKING: {Release: State.IDLE, Pong: State.WORKING, **_CLOSING},
+    State.WAITING: {Gradient: State.WORKING, Release: State.IDLE, Pong: State.WAITING, **_CLOSING},
+    State.CLOSED: {},
+}
+
+_SPOKEN_BY: Mapping[Role, Table] = {Role.WORKER: FROM_WORKER, Role.SERVER: FROM_SERVER}
+_OTHER: Mapping[Role, Role] = {Role.WORKER: Role.SERVER, Role.SERVER: Role.WORKER}
+
+
+class Session:
+    """One end of one conversation. Holds a few integers; does no I/O."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.state = State.NEW
+        self._round_num = -1  # of the last assignment
+        self._num_exchanges = 0  # of the last assignment
+        self._step = 0  # exchanges finished = number of the next step
+        self._late_rounds: set[int] = set()  # server: released rounds of which one message may be under way
+        self._closed_here = False
+
+    @property
+    def round_num(self) -> int | None:
+        """The round that is being worked on, None between rounds."""
+        return self._round_num if self.state in (State.WORKING, State.WAITING) else None
+
+    @property
+    def step(self) -> int:
+        """Exchanges that this round has finished; the number of the next or current step."""
+        return self._step
+
+    def send(self, message: Message) -> None:
+        """Notes that this end sends the message.
+
+        Raises:
+            LocalProtocolError: it is not legal now; do not send it. The state is unchanged.
+        """
+        objection = self._objection(self.role, message)
+        if objection:
+            raise LocalProtocolError(objection)
+        self._advance(self.role, message)
+        self._closed_here = self.state is State.CLOSED
+
+    def receive(self, message: Message) -> Arrival:
+        """Notes that the other end's message has come.
+
+        Returns:
+            STALE if the message crossed one of ours on the way and is to be dropped, else FRESH.
+
+        Raises:
+            RemoteProtocolError: the other end may not say this now. The state is unchanged.
+        """
+        speaker = _OTHER[self.role]
+        if self._is_stale(message):
+            return Arrival.STALE
+        objection = self._objection(speaker, message)
+        if objection:
+            raise RemoteProtocolError(objection)
+        self._advance(speaker, message)
+        return Arrival.FRESH
+
+    def _objection(self, speaker: Role, message: Message) -> str:
+        """Why the speaker may not say this now; empty if it may."""
+        legal = _SPOKEN_BY[speaker][self.state]
+        kind = type(message).__name__
+        if type(message) not in legal:
+            words = ", ".join(record.__name__ for record in legal) or "nothing: begin a new session"
+            return f"{self._where()}, the {speaker.value} cannot say {kind}; legal: {words}"
+        if isinstance(message, Assign) and message.round_num <= self._round_num:
+            return f"{self._where()}, Assign repeats round {message.round_num}; use a number above {self._round_num}"
+        if isinstance(message, Features | Gradient | Update | Release) and message.round_num != self._round_num:
+            return f"{self._where()}, {kind} carries round {message.round_num}; expected {self._round_num}"
+        if isinstance(message, Features | Gradient) and message.step != self._step:
+            return f"{self._where()}, {kind} carries step {message.step}; expected {self._step}"
+        if isinstance(message, Features) and self._step >= self._num_exchanges:
+            return f"{self._where()}, Features of one step too many; expected Update"
+        if isinstance(message, Update) and self._step < self._num_exchanges:
+            return f"{self._where()}, Update comes too early; expected Features of step {self._step}"
+        return ""
+
+    def _advance(self, speaker: Role, message: Message) -> None:
+        """Moves along the table; the message is legal."""
+        if isinstance(message, Assign):
+            self._round_num, self._num_exchanges, self._step = message.round_num, message.num_exchanges, 0
+        elif isinstance(message, Gradient):
+            self._step += 1
+        elif isinstance(message, Release) and self.role is Role.SERVER and self.state is State.WORKING:
+            self._late_rounds.add(message.round_num)
+        elif isinstance(message, Features | Update):
+            self._late_rounds.clear()
+        self.state = _SPOKEN_BY[speaker][self.state][type(message)]
+
+    def _is_stale(self, message: Message) -> bool:
+        """Whether a received message crossed one of ours (rules 3, 4 and 5); forgets what can no longer come."""
+        if self.state is State.CLOSED:
+            return self._closed_here and not isinstance(message, Register)
+        if self.role is Role.WORKER:
+            return (
+                isinstance(message, Gradient | Release)
+                and message.round_num <= self._round_num
+                and message.round_num != self.round_num
+            )
+        if isinstance(message, Features | Update) and message.round_num in self._late_rounds:
+            self._late_rounds = {late for late in self._late_rounds if late > message.round_num}
+            return True
+        return False
+
+    def _where(self) -> str:
+        if self.round_num is None:
+            return f"in state {self.state.value}"
+        return f"in state {self.state.value} (round {self._round_num}, step {self._step} of {self._num_exchanges})"

@@ -1,0 +1,93 @@
+"""Feature merging: the features of all workers are ONE mixed sequence for ONE step of the top.
+
+MergeSFL, Liao et al., ICDE 2024, arXiv 2311.13348, the round's step 4 [paper]; dispatch scaling [code].
+Legend: D merged samples, d_i samples of worker i (D = sum d_i), F... shape of one sample at the cut, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergesfl.errors import RemoteProtocolError
+
+
+@dataclass(frozen=True)
+class MergedStep:
+    """What one merged step returns to the workers, and its loss.
+
+    Attributes:
+        gradients: per worker in the given order, (d_i, F...): the gradient of the mean loss over ITS d_i samples, that
+            is (D / d_i) times its slice of dL/dZ, taken with the top before its step.
+        loss_nats: mean cross-entropy over the D samples, before the step.
+    """
+
+    gradients: list[Tensor]
+    loss_nats: float
+
+
+@dataclass(frozen=True)
+class SingleStep:
+    """The same for one worker alone: gradient (d, F...), loss_nats over its d samples."""
+
+    gradient: Tensor
+    loss_nats: float
+
+
+def merge_features(features: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Concatenates (d_i, F...) and (d_i,) in the given order, the plan's, to (D, F...) and (D,): new tensors.
+
+    Raises RemoteProtocolError: nothing to merge, a worker without a sample, or counts, shapes or types that differ.
+    """
+    if not features or len(features) != len(labels):
+        raise RemoteProtocolError(
+            f"{len(features)} feature tensors and {len(labels)} label tensors, expected as many and at least one: "
+            "drop the worker that did not send both"
+        )
+    first = features[0]
+    for index, (z, y) in enumerate(zip(features, labels, strict=True)):
+        if z.ndim < 1 or z.shape[0] < 1 or tuple(y.shape) != (z.shape[0],) or y.dtype != torch.int64:
+            raise RemoteProtocolError(
+                f"worker {index} of the plan sent features {tuple(z.shape)} with labels {tuple(y.shape)} {y.dtype}, "
+                "expected (d, ...) with (d,) torch.int64 and d >= 1: drop this worker"
+            )
+        if z.shape[1:] != first.shape[1:] or z.dtype != first.dtype:
+            raise RemoteProtocolError(
+                f"worker {index} of the plan sent samples {tuple(z.shape[1:])} {z.dtype} at the cut, "
+                f"expected {tuple(first.shape[1:])} {first.dtype}: drop this worker, its model is another one"
+            )
+    return torch.cat([z.detach() for z in features]), torch.cat(list(labels))  # (D, F...), (D,)
+
+
+def merged_step(
+    top: nn.Module, optimizer: torch.optim.Optimizer, features: Sequence[Tensor], labels: Sequence[Tensor]
+) -> MergedStep:
+    """One top forward and one mean cross-entropy over all D samples, one backward, one step. [paper]
+
+    Args:
+        top: (D, F...) -> logits (D, C), in training mode if it is to train.
+        optimizer: over the parameters of top; its gradients are cleared first.
+        features: (d_i, F...) per worker, float32 or float64, in plan order.
+        labels: (d_i,) int64 per worker, in the same order.
+    """
+    merged, targets = merge_features(features, labels)  # (D, F...), (D,)
+    merged.requires_grad_()
+    optimizer.zero_grad(set_to_none=True)
+    loss = functional.cross_entropy(top(merged), targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert merged.grad is not None
+    sizes = [z.shape[0] for z in features]
+    num_merged = sum(sizes)
+    slices = torch.split(merged.grad, sizes)  # (d_i, F...) each
+    return MergedStep([s * (num_merged / d) for s, d in zip(slices, sizes, strict=True)], float(loss.detach()))
+
+
+def single_step(top: nn.Module, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> SingleStep:
+    """One step of one worker's own top, without merging (SplitFed): (d, F...) and (d,) in, gradient (d, F...) out."""
+    step = merged_step(top, optimizer, [features], [labels])
+    return SingleStep(step.gradients[0], step.loss_nats)

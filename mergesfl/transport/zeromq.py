@@ -1,0 +1,217 @@
+"""The endpoints over ZeroMQ: a ROUTER at the parameter server, a DEALER at every worker, over tcp:// or ipc://.
+
+What libzmq does for us, in its own I/O thread: it connects again by itself, keeps the order of messages, delivers a
+message whole or not at all, and asks a silent peer with heartbeats whether it still lives. What it does not: bound the
+number of frames of one message while it is under way. Only a peer that may connect can abuse that.
+
+A frame of 64 KiB and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the message has
+left. Frames that were received belong to the receiver. An endpoint belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import zmq
+
+from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
+from mergesfl.protocol.limits import DEFAULT, Limits
+from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path
+from mergesfl.transport.base import Frame, Frames
+from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
+
+Context = zmq.Context[zmq.Socket[bytes]]
+
+LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
+
+
+class _Endpoint:
+    """What both ends share: socket options, receiving, closing."""
+
+    def __init__(self, socket_type: int, settings: LinkSettings, context: Context | None, limits: Limits) -> None:
+        self._owns_context = context is None
+        self._context: Context = zmq.Context() if context is None else context
+        self._limits = limits
+        self._settings = settings
+        self._socket = self._context.socket(socket_type)
+        for option, value in {
+            zmq.LINGER: _milliseconds(settings.linger_seconds),
+            zmq.SNDHWM: settings.max_queued_messages,
+            zmq.RCVHWM: settings.max_queued_messages,
+            zmq.MAXMSGSIZE: limits.max_message_bytes,  # per frame; a peer that exceeds it is disconnected
+            zmq.HEARTBEAT_IVL: _milliseconds(settings.heartbeat_interval_seconds),
+            zmq.HEARTBEAT_TIMEOUT: _milliseconds(settings.heartbeat_timeout_seconds),
+            zmq.HEARTBEAT_TTL: _milliseconds(settings.heartbeat_timeout_seconds),
+            zmq.RECONNECT_IVL: _milliseconds(settings.reconnect_seconds),
+            zmq.RECONNECT_IVL_MAX: _milliseconds(settings.max_reconnect_seconds),
+        }.items():
+            self._socket.setsockopt(option, value)
+
+    def close(self) -> None:
+        """Closes the socket, and the context if it is our own; returns after the linger time at the latest."""
+        self._socket.close(linger=_milliseconds(self._settings.linger_seconds))
+        if self._owns_context:
+            self._context.term()
+
+    def _receive(self, timeout_seconds: float) -> list[memoryview] | None:
+        """All frames of the next message, none of it copied; each view keeps its frame alive.
+
+        Of a message with more frames than the limit the rest is dropped, and one more than the limit handed up (and the
+        envelope of a ROUTER): the codec refuses it.
+        """
+        most = self._limits.max_frames + 2
+        try:
+            self._socket.setsockopt(zmq.RCVTIMEO, _milliseconds(timeout_seconds))
+            part = self._socket.recv(copy=False)
+            frames = [part.buffer.toreadonly()]
+            while part.more:
+                part = self._socket.recv(copy=False)
+                if len(frames) < most:
+                    frames.append(part.buffer.toreadonly())
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as error:
+            raise TransportError(
+                f"cannot receive: {error}; the endpoint is closed or broken, make a new one"
+            ) from error
+        return frames
+
+
+class ZmqServer(_Endpoint):
+    """ServerEndpoint over a ROUTER.
+
+    Raises:
+        ConfigError: the address is no address.
+        TransportError: it cannot be bound here and now.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        settings: LinkSettings = DEFAULT_LINK,
+        context: Context | None = None,
+        limits: Limits = DEFAULT,
+    ) -> None:
+        check_address(address, wildcard=True)
+        check_ipc_path(address)
+        super().__init__(zmq.ROUTER, settings, context, limits)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an absent peer is an error, not silence
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again keeps its name
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            blame, help_text = BIND_HELP.get(error.errno or 0, (TransportError, "see the system's message"))
+            raise blame(f"cannot bind '{address}' ({error}): {help_text}") from error
+        self._address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def address(self) -> str:
+        """The bound address with its real port. tcp://0.0.0.0:PORT: every address of this machine, with that port."""
+        return self._address
+
+    def send(self, peer: bytes, frames: Frames) -> None:
+        """Queues one message for one peer; never waits.
+
+        Raises:
+            TransportError: the peer is gone, or max_queued_messages are waiting for it.
+        """
+        _check_frames(frames)
+        try:
+            # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
+            self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
+            for index, frame in enumerate(frames, start=1):
+                _send_frame(self._socket, frame, more=index < len(frames))
+        except zmq.Again as error:
+            limit = self._settings.max_queued_messages
+            raise TransportError(f"peer {peer.hex()} does not read: {limit} messages wait for it; drop it") from error
+        except zmq.ZMQError as error:
+            raise TransportError(f"peer {peer.hex()} is unreachable ({error}); drop it") from error
+
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+        """The next message and the peer it came from; None when the time is over.
+
+        Raises:
+            TransportError: this endpoint is closed.
+        """
+        frames = self._receive(timeout_seconds)
+        return None if frames is None else (bytes(frames[0]), frames[1:])
+
+
+class ZmqWorker(_Endpoint):
+    """WorkerEndpoint over a DEALER with a routing id of its own: a new endpoint is a new peer to the server.
+
+    Raises:
+        ConfigError: the address is no address. A server that is not there yet is no error.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        settings: LinkSettings = DEFAULT_LINK,
+        context: Context | None = None,
+        limits: Limits = DEFAULT,
+    ) -> None:
+        check_address(address, wildcard=False)
+        super().__init__(zmq.DEALER, settings, context, limits)
+        self._socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))  # must not begin with a zero byte
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only where there is a connection
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            _, help_text = BIND_HELP.get(error.errno or 0, (ConfigError, "see the system's message"))
+            raise ConfigError(f"cannot connect to '{address}' ({error}): {help_text}") from error
+
+    def send(self, frames: Frames) -> bool:
+        """Queues one message; never waits. False: no connection, or its queue is full; nothing was sent.
+
+        Raises:
+            TransportError: this endpoint is closed.
+        """
+        _check_frames(frames)
+        sent = True
+        try:
+            for index, frame in enumerate(frames, start=1):
+                queued = _try_frame(self._socket, frame, more=index < len(frames))
+                if index == 1 and not queued:
+                    return False
+                # Not queued later on: the link broke in the middle of the message. libzmq forgets what it has of it and
+                # swallows what still comes up to its last frame (lb.cpp, _dropping). So go on; else it would swallow
+                # the next message too.
+                sent = sent and queued
+        except zmq.ZMQError as error:
+            raise TransportError(f"cannot send: {error}; the endpoint is closed or broken, make a new one") from error
+        return sent
+
+    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+        """The next message; None when the time is over.
+
+        Raises:
+            TransportError: this endpoint is closed.
+        """
+        return self._receive(timeout_seconds)
+
+
+def _send_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> None:
+    flags = zmq.DONTWAIT | (zmq.SNDMORE if more else 0)
+    socket.send(frame, flags, copy=memoryview(frame).nbytes < LEND_BYTES)
+
+
+def _try_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> bool:
+    try:
+        _send_frame(socket, frame, more)
+    except zmq.Again:
+        return False
+    return True
+
+
+def _milliseconds(seconds: float) -> int:
+    """Rounded up, so that a short wait is not a busy one; never negative (that would be for ever)."""
+    return math.ceil(min(max(seconds, 0.0) * 1000.0, 2**31 - 1))
+
+
+def _check_frames(frames: Frames) -> None:
+    if not frames:
+        raise LocalProtocolError("a message of 0 frames; send at least one (mergesfl.protocol.codec.encode)")

@@ -1,0 +1,223 @@
+"""Gather and scatter of one round: who answered in time, in plan order, and what became of the others.
+
+Legend: d_i samples of worker i in one step, F... shape of one sample at the cut, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mergesfl.control.plan import RoundPlan
+from mergesfl.errors import RemoteProtocolError
+from mergesfl.methods.base import Setting, State, StepFeatures
+from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
+from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensor
+from mergesfl.runtime.clock import Clock
+from mergesfl.runtime.journal import DroppedWorker
+from ps.fleet import Fleet, Member
+from ps.switchboard import Switchboard
+
+PROBE_SECONDS = 1.0  # a killed worker is noticed within this time, long before the step deadline
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One worker's message and when it was received."""
+
+    message: Features | Update
+    received_seconds: float
+
+
+class RoundExchange:
+    """The messages of one round of one plan.
+
+    Args:
+        plan: who takes part.
+        switchboard: all sessions.
+        fleet: who is here.
+        clock: measures deadlines and how long requests are held.
+        feature_shape: F... of the run.
+        num_classes: C of the run.
+        step_deadline_seconds: how long to wait for the answers to one step.
+        attempt: 1, 2, ... at this round.
+    """
+
+    def __init__(
+        self,
+        plan: RoundPlan,
+        switchboard: Switchboard,
+        fleet: Fleet,
+        clock: Clock,
+        feature_shape: tuple[int, ...],
+        num_classes: int,
+        step_deadline_seconds: float,
+        attempt: int,
+    ) -> None:
+        self._wire_round = wire_round(plan.round_num, attempt)
+        self._plan = plan
+        self._switchboard = switchboard
+        self._clock = clock
+        self._feature_shape = feature_shape
+        self._num_classes = num_classes
+        self._step_deadline_seconds = step_deadline_seconds
+        self._active: dict[str, Member] = {name: fleet.by_id[name] for name in plan.worker_ids}
+        self._assigned: dict[str, dict[str, np.ndarray]] = {}
+        self._step = 0
+        self.dropped: list[DroppedWorker] = []
+        self.missed_deadline: list[str] = []
+        self.assigned_seconds: dict[str, float] = {}
+
+    @property
+    def active_ids(self) -> list[str]:
+        """The workers still in the round, in plan order."""
+        return list(self._active)
+
+    def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
+        """Sends each worker its work."""
+        plan = self._plan
+        arrays_of: dict[int, dict[str, np.ndarray]] = {}  # the same state goes to many workers: convert it once
+        for name, member in list(self._active.items()):
+            state = states[name]
+            arrays = arrays_of.setdefault(id(state), state_to_arrays(state))
+            self._assigned[name] = arrays
+            batch_size = plan.batch_size_of(name)
+            assign = Assign(
+                self._wire_round, plan.num_steps, plan.num_exchanges, batch_size, method, dict(settings[name]), arrays
+            )
+            self._switchboard.send(member, assign)
+            self.assigned_seconds[name] = self._clock.now_seconds()
+        self._prune()
+
+    def gather_features(self, step: int, device: torch.device) -> tuple[list[StepFeatures], dict[str, float]]:
+        """Waits for the features of one step: what arrived, in plan order, and when each was received."""
+        self._step = step
+        arrivals = self._gather(Features, self._step_deadline_seconds)
+        features, received_seconds = [], {}
+        for name in self._active:
+            message = arrivals[name].message
+            assert isinstance(message, Features), "gathered by kind"
+            features.append(StepFeatures(name, to_tensor(message.features, device), to_tensor(message.labels, device)))
+            received_seconds[name] = arrivals[name].received_seconds
+        return features, received_seconds
+
+    def scatter_gradients(
+        self, step: int, gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]
+    ) -> None:
+        """Answers each worker with its slice (d_i, F...), given in plan order."""
+        for (name, member), gradient in zip(list(self._active.items()), gradients, strict=True):
+            array = to_array(gradient)
+            held_seconds = self._clock.now_seconds() - received_seconds[name]
+            self._switchboard.send(member, Gradient(self._wire_round, step, held_seconds, array))
+        self._prune()
+
+    def gather_updates(self) -> dict[str, Arrival]:
+        """Waits for the trained states; a federated round has all its steps to compute before it answers."""
+        num_silent_steps = 1 if self._plan.num_exchanges else self._plan.num_steps
+        self._step = self._plan.num_steps
+        return self._gather(Update, self._step_deadline_seconds * num_silent_steps)
+
+    def release_all(self, reason: str) -> None:
+        """Gives the round up for all who are still in it."""
+        for member in self._active.values():
+            if member.gone_reason is None and member.session.round_num is not None:
+                self._switchboard.send(member, Release(self._wire_round, reason))
+        self._active = {}
+
+    def _gather(self, kind: type[Features] | type[Update], deadline_seconds: float) -> dict[str, Arrival]:
+        """Receives until all active workers have answered or the deadline has passed; drops those who have not."""
+        arrivals: dict[str, Arrival] = {}
+        now_seconds = self._clock.now_seconds()
+        end_seconds, probe_seconds = now_seconds + deadline_seconds, now_seconds + PROBE_SECONDS
+        while len(arrivals) < len(self._active):
+            now_seconds = self._clock.now_seconds()
+            if now_seconds >= end_seconds:
+                break
+            if now_seconds >= probe_seconds:
+                self._switchboard.probe(self._active[name] for name in self._active if name not in arrivals)
+                probe_seconds = now_seconds + PROBE_SECONDS
+            got = self._switchboard.receive(end_seconds - now_seconds)
+            if got is not None:
+                member, message = got
+                if self._active.get(member.worker_id) is member and isinstance(message, kind):
+                    self._take(member, message, arrivals)
+            self._prune()
+            arrivals = {name: arrival for name, arrival in arrivals.items() if name in self._active}
+        for name in [name for name in self._active if name not in arrivals]:
+            self._miss(name, deadline_seconds)
+        return {name: arrivals[name] for name in self._active}
+
+    def _take(self, member: Member, message: Features | Update, arrivals: dict[str, Arrival]) -> None:
+        try:
+            self._check(member, message)
+        except RemoteProtocolError as error:
+            self._switchboard.expel(member, error)
+        else:
+            arrivals[member.worker_id] = Arrival(message, self._clock.now_seconds())
+
+    def _check(self, member: Member, message: Features | Update) -> None:
+        """Raises RemoteProtocolError for content that would poison the run."""
+        name, batch_size = member.worker_id, self._plan.batch_size_of(member.worker_id)
+        if isinstance(message, Update):
+            expected_samples = batch_size * self._plan.num_steps
+            if message.num_samples != expected_samples:
+                raise RemoteProtocolError(
+                    f"worker '{name}' trained {message.num_samples} samples, not {expected_samples}"
+                )
+            self._check_state(name, message.state)
+            return
+        expected_shape = (batch_size, *self._feature_shape)
+        if message.features.shape != expected_shape or message.features.dtype != np.float32:
+            raise RemoteProtocolError(
+                f"worker '{name}' sent features {message.features.dtype}{message.features.shape}, "
+                f"expected float32{expected_shape}"
+            )
+        if message.labels.shape != (batch_size,) or message.labels.dtype != np.int64:
+            raise RemoteProtocolError(
+                f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, expected int64{(batch_size,)}"
+            )
+        if not np.isfinite(message.features).all():
+            raise RemoteProtocolError(
+                f"worker '{name}' sent features that are not finite: lower training.learning_rate"
+            )
+        labels = message.labels.astype(np.int64, copy=False)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._num_classes:
+            raise RemoteProtocolError(
+                f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, expected 0 to {self._num_classes - 1}"
+            )
+
+    def _check_state(self, name: str, state: Mapping[str, np.ndarray]) -> None:
+        """A trained state has the names, shapes and dtypes of the one that was assigned, and only finite numbers."""
+        assigned = self._assigned[name]
+        if state.keys() != assigned.keys():
+            odd = sorted(state.keys() ^ assigned.keys())[:3]
+            raise RemoteProtocolError(f"worker '{name}' sent a state of other tensors than it was given: {odd} ...")
+        for key, array in state.items():
+            if array.shape != assigned[key].shape or array.dtype != assigned[key].dtype:
+                raise RemoteProtocolError(
+                    f"worker '{name}' sent '{key}' as {array.dtype}{array.shape}, "
+                    f"expected {assigned[key].dtype}{assigned[key].shape}"
+                )
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise RemoteProtocolError(
+                    f"worker '{name}' sent a state whose '{key}' is not finite: lower training.learning_rate"
+                )
+
+    def _miss(self, name: str, deadline_seconds: float) -> None:
+        """A worker that is reachable but too slow: released, and not chosen again before it has been heard."""
+        member = self._active.pop(name)
+        reason = f"no answer within {deadline_seconds:g} s (cluster.step_deadline_seconds)"
+        self.dropped.append(DroppedWorker(name, self._step, reason))
+        self.missed_deadline.append(name)
+        if self._switchboard.send(member, Release(self._wire_round, reason)):
+            member.silent = True
+
+    def _prune(self) -> None:
+        """Takes the workers that are gone out of the round."""
+        for name, member in list(self._active.items()):
+            if member.gone_reason is not None:
+                del self._active[name]
+                self.dropped.append(DroppedWorker(name, self._step, member.gone_reason))

@@ -1,0 +1,171 @@
+"""What a run leaves behind in its folder, written as it goes: so that nothing is lost when the process dies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergesfl.config import RunConfig, config_values
+from mergesfl.data.dataset import Dataset
+from mergesfl.errors import CheckpointError, ConfigError
+from mergesfl.runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mergesfl.runtime.files import write_atomic
+from mergesfl.runtime.journal import Journal, RoundRecord, read_journal, summarise, write_summary
+from mergesfl.training.split import SplitModel
+from ps.export import export_model
+from ps.plots import plot_accuracy, plot_batch_sizes
+from ps.progress import Progress
+from ps.tensorboard import TensorBoardWriter, open_tensorboard
+
+# What may differ between a run and its continuation: how long, where, and how it is watched; not what is computed.
+RESUMABLE_CHANGES = {
+    "name",
+    "training.num_rounds",
+    "training.evaluate_every_rounds",
+    "training.evaluation_batch_size",
+    "cluster",
+    "output",
+    "data.dataset",
+    "data.download",
+    "data.partition_file",
+}
+
+log = logging.getLogger("ps")
+
+
+def prepare_folder(config: RunConfig, resume: bool, overwrite: bool) -> Path:
+    """Makes the run's folder and writes its configuration there.
+
+    Raises ConfigError when it already holds a run (say `--resume` or `--overwrite`), CheckpointError when there is
+    nothing to resume or the configuration differs in what is computed.
+    """
+    folder = config.run_folder
+    saved = folder / "config.json"
+    if resume:
+        if not saved.exists():
+            raise CheckpointError(f"nothing to resume in {folder}: expected config.json there; start without --resume")
+        _check_same(json.loads(saved.read_text(encoding="utf-8")), config_values(config), folder)
+    elif saved.exists():
+        if not overwrite:
+            raise ConfigError(
+                f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, "
+                "or choose another name with --set name=NAME"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(saved, json.dumps(config_values(config), indent=2).encode())
+    return folder
+
+
+def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, prefix: str = "") -> None:
+    for key, value in now.items():
+        name = prefix + key
+        if name in RESUMABLE_CHANGES or key not in saved:
+            continue
+        if isinstance(value, Mapping) and isinstance(saved[key], Mapping):
+            _check_same(saved[key], value, folder, name + ".")
+        elif saved[key] != value:
+            raise CheckpointError(
+                f"cannot resume {folder}: {name} was {saved[key]!r} and is {value!r} now; set it back, "
+                "or start a new run under another name"
+            )
+
+
+class Recorder:
+    """Journal, TensorBoard, checkpoints, progress; at the end summary, pictures and the exported model."""
+
+    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, partition: str, progress: Progress) -> None:
+        self._config = config
+        self._folder = folder
+        self._dataset = dataset
+        self._partition = partition
+        self._progress = progress
+        self._tensorboard: TensorBoardWriter | None = None
+        self._journal: Journal | None = None
+        self.wall_seconds_before = 0.0  # of the parts of this run before a resume
+
+    def load(self) -> Checkpoint | None:
+        """The newest intact checkpoint; None when the run died before the first one (it then starts anew)."""
+        try:
+            checkpoint = load_checkpoint(self._folder / "checkpoints")
+        except CheckpointError:
+            if (self._folder / "checkpoints").exists():
+                raise
+            log.warning("%s has no checkpoint yet: starting from round 0", self._folder)
+            return None
+        if checkpoint.warning:
+            log.warning("%s", checkpoint.warning)
+        return checkpoint
+
+    def open(self, first_round: int) -> None:
+        """Opens the journal; lines of rounds that will be run again are cut off."""
+        self._journal = Journal(self._folder / "journal.jsonl", first_round)
+        if self._config.output.tensorboard:
+            self._tensorboard = open_tensorboard(self._folder / "tensorboard", first_round)
+
+    def record(self, record: RoundRecord) -> None:
+        """One round is closed."""
+        assert self._journal is not None, "open() comes first"
+        self._journal.append(record)
+        if self._tensorboard is not None:
+            self._tensorboard.write(record)
+        self._progress.round_closed(record)
+
+    def checkpoint(self, next_round: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Everything that the rounds from next_round on depend on."""
+        save_checkpoint(self._folder / "checkpoints", next_round, tensors, state)
+
+    def is_checkpoint_due(self, next_round: int) -> bool:
+        """After every k rounds, and after the last."""
+        every = self._config.output.checkpoint_every_rounds
+        return next_round % every == 0 or next_round == self._config.training.num_rounds
+
+    def finish(self, network: SplitModel, wall_seconds: float) -> dict[str, Any]:
+        """Writes summary, pictures and model; returns the summary."""
+        config, folder = self._config, self._folder
+        records = read_journal(folder / "journal.jsonl")
+        values = {
+            "method": method_label(config),
+            "dataset": self._dataset.name,
+            "partition": self._partition,
+            "num_workers": config.cluster.num_workers,
+            "num_rounds": config.training.num_rounds,
+            "seed": config.seed,
+        }
+        summary = summarise(values, records, self.wall_seconds_before + wall_seconds)
+        write_summary(folder / "summary.json", summary)
+        title = (
+            f"{values['method']} on {values['dataset']}, {values['partition']}, {config.cluster.num_workers} workers"
+        )
+        if config.output.plots:
+            plot_accuracy(folder / "accuracy.png", records, title)
+            plot_batch_sizes(folder / "batch_sizes.png", records, self._worker_names(records), title)
+        if config.output.export:
+            metadata = {"method": str(values["method"]), "dataset": self._dataset.name, "cut": network.cut}
+            export_model(
+                folder / "model", network.to("cpu"), self._dataset.sample_shape, self._dataset.class_names, metadata
+            )
+        return summary
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _worker_names(self, records: list[dict[str, Any]]) -> list[str]:
+        return sorted({name for record in records for name in record["worker_ids"]})
+
+
+def method_label(config: RunConfig) -> str:
+    """The method with its ablation, as tables show it."""
+    method = config.method
+    off = [name for name in ("merging", "regulation") if not getattr(method, name)]
+    return method.name if method.name != "mergesfl" or not off else f"{method.name} without {' and '.join(off)}"

@@ -1,0 +1,214 @@
+"""Puts one run together: data, model, method, sessions, recorder; and the central reference, which needs no workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergesfl.config import RunConfig
+from mergesfl.control.estimates import Estimates
+from mergesfl.data import load_dataset
+from mergesfl.data.dataset import Dataset
+from mergesfl.data.sampling import Batches
+from mergesfl.methods import CENTRAL, find_method
+from mergesfl.methods.base import MethodSettings, copy_state
+from mergesfl.methods.central import train_round
+from mergesfl.models import build_model
+from mergesfl.protocol.messages import Welcome
+from mergesfl.runtime.clock import Clock
+from mergesfl.runtime.devices import resolve_device
+from mergesfl.runtime.journal import RoundRecord
+from mergesfl.seeding import generator_for, seed_for
+from mergesfl.training.evaluation import Evaluation, evaluate
+from mergesfl.training.schedule import learning_rate
+from mergesfl.training.split import SplitModel
+from mergesfl.transport.base import ServerEndpoint
+from ps.fleet import Fleet
+from ps.progress import Progress
+from ps.recorder import Recorder
+from ps.server import Server
+from ps.switchboard import Switchboard
+
+CENTRAL_WORKER_ID = "worker-00"  # the central run draws the batches that a single worker of this name would draw
+
+
+def method_settings(config: RunConfig) -> MethodSettings:
+    """The part of the configuration that a method turns on."""
+    training, control = config.training, config.control
+    return MethodSettings(
+        seed=config.seed,
+        num_steps=training.local_steps,
+        batch_size=training.batch_size,
+        participants_per_round=control.participants_per_round or config.cluster.num_workers,
+        learning_rate=training.learning_rate,
+        learning_rate_decay=training.learning_rate_decay,
+        learning_rate_min=training.learning_rate_min,
+        merging=config.method.merging,
+        regulation=config.method.regulation,
+        bottom_learning_rate=training.bottom_learning_rate,
+        ingress_budget_bytes=control.ingress_budget_bytes,
+        kl_epsilon_nats=control.kl_epsilon_nats,
+        fill_budget=control.fill_budget,
+        allow_above_max=control.allow_above_max,
+    )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every run needs, with or without workers."""
+
+    config: RunConfig
+    folder: Path
+    dataset: Dataset
+    network: SplitModel
+    device: torch.device
+    clock: Clock
+    recorder: Recorder
+    progress: Progress
+
+    def evaluate(self) -> Evaluation:
+        """Judges the network on the test set, in batches."""
+        test, size = self.dataset.test, self.config.training.evaluation_batch_size
+        batches = (
+            (
+                self.dataset.scale.to_input(test.x[begin : begin + size]),  # (B, *sample)
+                torch.from_numpy(test.y[begin : begin + size]),  # (B,)
+            )
+            for begin in range(0, len(test.y), size)
+        )
+        return evaluate(self.network, batches, self.dataset.num_classes, self.device)
+
+
+def build_network(config: RunConfig, dataset: Dataset) -> SplitModel:
+    """The network of the configuration for this data set; its weights are a pure function of the seed."""
+    return build_model(
+        config.model.name,
+        config.model.cut,
+        dataset.sample_shape,
+        dataset.num_classes,
+        seed_for(config.seed, "weights"),
+    )
+
+
+def set_scene(config: RunConfig, folder: Path, partition: str, clock: Clock, progress: Progress) -> Scene:
+    """Loads data and model. Raises ConfigError, DataError before anything else has started."""
+    if config.method.name != CENTRAL:
+        find_method(config.method.name)
+    device = resolve_device(config.cluster.device)
+    dataset = load_dataset(
+        config.data.dataset, download=config.data.download, image_size_pixels=config.data.image_size_pixels
+    )
+    network = build_network(config, dataset)
+    recorder = Recorder(config, folder, dataset, partition, progress)
+    return Scene(config, folder, dataset, network.to(device), device, clock, recorder, progress)
+
+
+def serve(scene: Scene, endpoint: ServerEndpoint, resume: bool, check: Callable[[], None]) -> dict[str, Any]:
+    """Runs the parameter server on an endpoint that is already bound; closes it. Returns the summary."""
+    config, network, dataset = scene.config, scene.network, scene.dataset
+    network.eval()
+    with torch.no_grad():
+        feature = network.bottom(torch.zeros(1, *dataset.sample_shape, device=scene.device))  # (1, F...)
+    feature_shape = tuple(feature.shape[1:])
+    fleet = Fleet(dataset.num_classes, dataset.sample_shape, Estimates(config.control.estimate_memory))
+    welcome = Welcome(config.model.name, network.cut, dataset.num_classes, dataset.sample_shape, config.seed)
+    switchboard = Switchboard(endpoint, fleet, welcome, 4 * math.prod(feature_shape), check)
+    program = find_method(config.method.name).make_server(network, method_settings(config), scene.device)
+    reason = "the parameter server stopped"
+    try:
+        server = Server(
+            config,
+            program,
+            fleet,
+            switchboard,
+            scene.recorder,
+            scene.progress,
+            scene.clock,
+            feature_shape,
+            scene.evaluate,
+            scene.device,
+        )
+        summary = server.run(resume)
+        reason = "the run is complete"
+    finally:
+        switchboard.say_goodbye(reason)
+        switchboard.close()
+        scene.recorder.close()
+    return summary
+
+
+def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> dict[str, Any]:
+    """The central reference: one process, all data. Returns the summary."""
+    config, dataset, clock, recorder = scene.config, scene.dataset, scene.clock, scene.recorder
+    settings, training = method_settings(config), config.training
+    begin_seconds, next_round = clock.now_seconds(), 0
+    checkpoint = recorder.load() if resume else None
+    if checkpoint is not None:
+        scene.network.load_joined_state_dict(checkpoint.tensors)
+        recorder.wall_seconds_before = float(checkpoint.state["wall_seconds"])
+        next_round = checkpoint.round_num
+    recorder.open(next_round)
+    scene.progress.started(next_round, training.num_rounds)
+    batch_size = min(training.batch_size * settings.participants_per_round, len(dataset.train.y))
+    for round_num in range(next_round, training.num_rounds):
+        check()
+        round_begin_seconds = clock.now_seconds()
+        generator = generator_for(config.seed, "batches", CENTRAL_WORKER_ID, round_num)
+        batches = Batches(dataset.train.x, dataset.train.y, batch_size, generator, dataset.scale, augment=True)
+        worker_seed = seed_for(config.seed, "worker", CENTRAL_WORKER_ID, round_num)
+        loss_nats, num_samples = train_round(scene.network, settings, round_num, worker_seed, batches, scene.device)
+        round_seconds = clock.now_seconds() - round_begin_seconds
+        is_due = (round_num + 1) % training.evaluate_every_rounds == 0 or round_num + 1 == training.num_rounds
+        evaluation = scene.evaluate() if is_due else None
+        rate = learning_rate(
+            round_num, settings.learning_rate, settings.learning_rate_decay, settings.learning_rate_min
+        )
+        recorder.record(_central_record(round_num, evaluation, loss_nats, batch_size, num_samples, round_seconds, rate))
+        if recorder.is_checkpoint_due(round_num + 1):
+            wall_seconds = recorder.wall_seconds_before + clock.now_seconds() - begin_seconds
+            tensors = copy_state(scene.network.joined_state_dict())
+            recorder.checkpoint(round_num + 1, tensors, {"wall_seconds": wall_seconds})
+    summary = recorder.finish(scene.network, clock.now_seconds() - begin_seconds)
+    recorder.close()
+    return summary
+
+
+def _central_record(
+    round_num: int,
+    evaluation: Evaluation | None,
+    loss_nats: float,
+    batch_size: int,
+    num_samples: int,
+    round_seconds: float,
+    rate: float,
+) -> RoundRecord:
+    """A journal line without a network: nothing was sent, nobody waited."""
+    return RoundRecord(
+        round_num=round_num,
+        accuracy=evaluation.accuracy if evaluation else None,
+        loss_nats=evaluation.loss_nats if evaluation else None,
+        train_loss_nats=loss_nats,
+        worker_ids=("central",),
+        batch_sizes=(batch_size,),
+        finished_worker_ids=("central",),
+        dropped=(),
+        kl_before_nats=0.0,
+        kl_after_nats=0.0,
+        merged_kl_nats=0.0,
+        predicted_seconds=(None,),
+        observed_seconds=(round_seconds,),
+        predicted_idle_seconds=0.0,
+        idle_seconds=0.0,
+        ingress_bytes=0,
+        egress_bytes=0,
+        samples_trained=num_samples,
+        planning_seconds=0.0,
+        round_seconds=round_seconds,
+        evaluation_seconds=0.0,
+        learning_rate=rate,
+    )

@@ -1,0 +1,400 @@
+"""Messages become frames and frames become messages, or an error that names whose fault it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mergesfl.errors import LocalProtocolError, RemoteProtocolError
+from mergesfl.protocol import messages as m
+from mergesfl.protocol.arrays import DTYPES
+from mergesfl.protocol.codec import KINDS, decode, encode, wire_bytes
+from mergesfl.protocol.limits import DEFAULT, Limits, clipped
+from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS
+
+# ----------------------------------------------------------------------------------------------------------- examples
+
+EXAMPLES: list[Any] = [
+    m.Register("jetson-07", 1, "cuda: Orin", {"torch": "2.5.0"}, 30, (10, 0, 20), (9, 128)),
+    m.Welcome("cnn_har", "conv2", 6, (9, 128), 2**63 - 1),
+    m.Ready((32, 32, 2), 8192),
+    m.Refuse("no such model"),
+    m.Assign(
+        3,
+        10,
+        10,
+        16,
+        "mergesfl",
+        {"learning_rate": 0.1, "nesterov": False, "clip": 5, "rate": "equal", "shift": -3},
+        {"conv.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bn.count": np.array(7, dtype=np.int64)},
+    ),
+    m.Features(3, 0, np.ones((2, 3, 4), dtype=np.float32), np.array([5, 0], dtype=np.int64)),
+    m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32)),
+    m.Update(3, 160, 1.25, 0.75, {"conv.weight": np.zeros((2, 0, 3), dtype=np.float16)}, {"loss": 0.25}),
+    m.Release(3, "deadline of 5 s missed"),
+    m.Ping(),
+    m.Pong(),
+    m.Reset("I was restarted"),
+    m.Leave("SIGTERM"),
+    m.Goodbye("60 rounds done"),
+]
+
+
+def same(a: object, b: object) -> bool:
+    """Equal records: arrays by type, shape and bits (so that NaN equals itself), floats by value."""
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+def over_the_wire(message: m.Message) -> m.Message:
+    return decode([bytes(frame) for frame in encode(message)])
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_round_trip(message: m.Message) -> None:
+    assert same(over_the_wire(message), message)
+
+
+def test_tables_are_complete() -> None:
+    assert set(KINDS.values()) == set(get_args(m.Message)) == {type(example) for example in EXAMPLES}
+    used = {field.name for record in KINDS.values() for field in dataclasses.fields(record)}
+    assert used == set(RULES) | ARRAY_FIELDS | STATE_FIELDS
+    assert not set(RULES) & (ARRAY_FIELDS | STATE_FIELDS)
+
+
+# --------------------------------------------------------------------------------------------------------- golden bytes
+
+
+def test_golden_bytes() -> None:
+    # The header by hand, after the msgpack specification: 9n array of n, 8n map of n, an / dn xx str of n, cb float64.
+    # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
+    header = (
+        b"\x94\x01\xa8gradient"
+        b"\x83\xa9round_num\x03\xa4step\x02\xacheld_seconds\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00"
+        b"\x91\x94\xa8gradient\xa0\xa7float32\x92\x01\x02"
+    )
+    tensor = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
+    message = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32))
+    assert [bytes(frame) for frame in encode(message)] == [header, tensor]
+    assert same(decode([header, tensor]), message)
+    assert wire_bytes(encode(message)) == len(header) + 8
+
+
+def test_a_big_endian_array_has_the_same_bytes() -> None:
+    little = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype="<f4"))
+    big = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=">f4"))
+    assert [bytes(frame) for frame in encode(big)] == [bytes(frame) for frame in encode(little)]
+
+
+# ----------------------------------------------------------------------------------------------------------- hypothesis
+
+counts = st.integers(0, 2**40)
+seconds = st.floats(0, 1e9)
+names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=20)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+arrays = st.sampled_from(sorted(DTYPES)).flatmap(
+    lambda dtype: hnp.arrays(DTYPES[dtype], hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4))
+)
+states = st.dictionaries(names, arrays, max_size=4)
+shapes = st.lists(st.integers(0, 2**30), max_size=8).map(tuple)
+values = st.one_of(
+    st.booleans(), st.integers(-(2**63) + 1, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)
+)
+features = st.integers(0, 5).flatmap(
+    lambda d: st.tuples(
+        hnp.arrays(np.float32, st.tuples(st.just(d), st.integers(0, 3), st.integers(1, 3))),
+        hnp.arrays(np.int64, st.just((d,))),
+    )
+)
+any_message: st.SearchStrategy[Any] = st.one_of(
+    st.builds(
+        m.Register,
+        names,
+        counts,
+        texts,
+        st.dictionaries(names, texts, max_size=4),
+        counts,
+        st.lists(counts, max_size=20).map(tuple),
+        shapes,
+    ),
+    st.builds(m.Welcome, names, names | st.just(""), counts, shapes, st.integers(0, 2**63 - 1)),
+    st.builds(m.Ready, shapes, counts),
+    st.builds(
+        m.Assign, counts, counts, counts, counts, names, st.dictionaries(names, values | texts, max_size=4), states
+    ),
+    st.builds(lambda round_num, step, pair: m.Features(round_num, step, *pair), counts, counts, features),
+    st.builds(m.Gradient, counts, counts, seconds, arrays),
+    st.builds(
+        m.Update,
+        counts,
+        counts,
+        seconds,
+        seconds,
+        states,
+        st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False), max_size=4),
+    ),
+    st.builds(m.Release, counts, texts),
+    st.sampled_from([m.Refuse, m.Reset, m.Leave, m.Goodbye]).flatmap(lambda record: st.builds(record, texts)),
+    st.sampled_from([m.Ping(), m.Pong()]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(any_message)
+def test_round_trip_of_anything(message: m.Message) -> None:
+    assert same(over_the_wire(message), message)
+
+
+json_like = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=9)
+    | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=9), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.one_of(json_like, st.tuples(st.just(1), st.sampled_from(sorted(KINDS)), json_like, json_like)),
+    st.binary(max_size=9),
+)
+def test_random_msgpack_is_refused_or_a_message(header: object, tensor: bytes) -> None:
+    for frames in ([msgpack.packb(header)], [msgpack.packb(header), tensor]):
+        try:
+            message = decode(frames)
+        except RemoteProtocolError:
+            continue
+        assert type(message) in KINDS.values()
+
+
+# ------------------------------------------------------------------------------------------------------ lending, viewing
+
+
+def test_encode_lends_and_decode_views() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    frames = encode(m.Gradient(0, 0, 0.0, array))
+    assert np.shares_memory(np.frombuffer(frames[1], dtype=np.float32), array)
+    decoded = decode(frames)
+    assert isinstance(decoded, m.Gradient)
+    assert np.shares_memory(decoded.gradient, array)
+    assert not decoded.gradient.flags.writeable
+    array[1, 2] = 99.0  # the memory is one: what the sender does before it is sent, the receiver sees
+    assert float(decoded.gradient[1, 2]) == 99.0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [np.asfortranarray, lambda a: a[:, ::-1], lambda a: a[::2], lambda a: a.T])
+def test_non_contiguous_arrays_arrive_as_they_look(make: Any) -> None:
+    array = make(np.arange(12, dtype=np.int16).reshape(4, 3))
+    decoded = over_the_wire(m.Gradient(0, 0, 0.0, array))
+    assert isinstance(decoded, m.Gradient)
+    assert np.array_equal(decoded.gradient, array)
+
+
+def test_a_frame_at_an_odd_address_gives_an_aligned_array() -> None:
+    header, tensor = encode(m.Gradient(0, 0, 0.0, np.array([1.5, 2.5])))
+    odd = memoryview(bytearray(b"?" + bytes(tensor)))[1:]
+    decoded = decode([header, odd])
+    assert isinstance(decoded, m.Gradient)
+    assert decoded.gradient.flags.aligned and not decoded.gradient.flags.writeable
+    assert decoded.gradient.tolist() == [1.5, 2.5]
+
+
+# -------------------------------------------------------------------------------------------------------- refused: local
+
+ARRAY = np.zeros(2, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("no message", "'no message' is no message"),
+        (m.Gradient(-1, 0, 0.0, ARRAY), "round_num is -1, expected 0 to 1099511627776"),
+        (m.Gradient(True, 0, 0.0, ARRAY), "round_num is True, expected an int"),
+        (m.Gradient(np.int64(1), 0, 0.0, ARRAY), "round_num is a value of type int64, expected an int"),  # type: ignore[arg-type]
+        (m.Gradient(10**5000, 0, 0.0, ARRAY), "an integer of 16610 bits"),  # 5000 * log2(10) = 16609.6
+        (m.Gradient(0, 0, float("nan"), ARRAY), "held_seconds is nan, expected a finite number"),
+        (m.Gradient(0, 0, -0.5, ARRAY), "held_seconds is -0.5, expected 0 to"),
+        (m.Gradient(0, 0, 0.0, [1.0]), "expected a numpy array"),  # type: ignore[arg-type]
+        (m.Gradient(0, 0, 0.0, np.zeros(2, dtype=complex)), "complex128, legal are float64"),
+        (m.Gradient(0, 0, 0.0, np.array([{}])), "object, legal are"),
+        (m.Gradient(0, 0, 0.0, np.zeros((1,) * 9)), "9 dimensions, the limit is 8"),
+        (m.Update(0, 0, 0.0, 0.0, {}, {"loss": float("inf")}), "entry 'loss' is inf"),
+        (m.Update(0, 0, 0.0, 0.0, {}, {"loss": "low"}), "entry 'loss' is 'low', expected a float"),  # type: ignore[dict-item]
+        (m.Update(0, 0, 0.0, 0.0, [ARRAY]), "state is a value of type list, expected a mapping"),  # type: ignore[arg-type]
+        (m.Update(0, 0, 0.0, 0.0, {"": ARRAY}), "name in state is '', expected printable"),
+        (m.Refuse("x" * 4097), "4097 characters, the limit is 4096"),
+        (m.Refuse("\ud800"), "half a character"),
+        (m.Refuse(b"why"), "expected a str"),  # type: ignore[arg-type]
+        (m.Assign(0, 1, 1, 1, "a\x1b[31m", {}, {}), "expected printable characters"),
+        (m.Assign(0, 1, 1, 1, "mergesfl", {"rate": 2**63}, {}), "entry 'rate' is 9223372036854775808"),
+        (m.Assign(0, 1, 1, 1, "mergesfl", {"rate": None}, {}), "entry 'rate' is None"),  # type: ignore[dict-item]
+        (m.Assign(0, 1, 1, 1, "mergesfl", {str(i): i for i in range(257)}, {}), "257 entries, the limit is 256"),
+        (m.Assign(0, 1, 1, 1, "mergesfl", 5, {}), "settings is 5, expected a mapping"),  # type: ignore[arg-type]
+        (m.Ready((1,) * 9, 4), "9 entries, the limit is 8"),
+        (m.Ready("32", 4), "feature_shape is '32', expected a sequence"),  # type: ignore[arg-type]
+        (m.Features(0, 0, np.zeros((3, 4)), np.zeros(2, dtype=np.int64)), r"\(3, 4\) with labels int64 \(2,\)"),
+        (m.Features(0, 0, np.zeros((2, 4)), np.zeros(2, dtype=np.int32)), "labels int32"),
+    ],
+)
+def test_encode_refuses(message: Any, words: str) -> None:
+    with pytest.raises(LocalProtocolError, match=words):
+        encode(message)
+
+
+def test_encode_refuses_more_than_the_limits() -> None:
+    small = Limits(max_message_bytes=300, max_header_bytes=200, max_tensors=2)
+    array = np.zeros(20, dtype=np.float64)  # 160 bytes: one fits, two do not
+    encode(m.Update(0, 0, 0.0, 0.0, {"a": array}), small)
+    with pytest.raises(LocalProtocolError, match="message of .* bytes, the limit is 300"):
+        encode(m.Update(0, 0, 0.0, 0.0, {"a": array, "b": array}), small)
+    with pytest.raises(LocalProtocolError, match=r"tensor float64 \[38\] exceeds 300 bytes"):  # 38 * 8 = 304
+        encode(m.Gradient(0, 0, 0.0, np.zeros(38)), small)
+    with pytest.raises(LocalProtocolError, match="4 frames, expected 1 to 3"):
+        encode(m.Update(0, 0, 0.0, 0.0, {"a": array[:1], "b": array[:1], "c": array[:1]}), small)
+    with pytest.raises(LocalProtocolError, match="header of .* bytes, the limit is 200"):
+        encode(m.Refuse("x" * 200), small)
+
+
+def test_an_int_is_a_legal_float() -> None:
+    decoded = over_the_wire(m.Update(0, 0, 1, 0, {}, {"loss": 2}))
+    assert isinstance(decoded, m.Update)
+    assert (decoded.compute_seconds, decoded.metrics) == (1.0, {"loss": 2.0})
+    assert type(decoded.compute_seconds) is float and type(decoded.metrics["loss"]) is float
+
+
+def test_clipped_texts_can_be_sent() -> None:
+    for text in ["", "short", "x" * 4096, "x" * 4097, "\ud800" * 5000]:
+        assert len(clipped(text)) <= DEFAULT.max_text_length
+        over_the_wire(m.Refuse(clipped(text)))
+    assert clipped("x" * 4096) == "x" * 4096
+
+
+# ------------------------------------------------------------------------------------------------------- refused: remote
+
+GRADIENT_FIELDS = {"round_num": 0, "step": 0, "held_seconds": 0.0}
+SPEC = ["gradient", "", "float32", [1]]
+
+
+def header(*parts: object) -> bytes:
+    packed: bytes = msgpack.packb(list(parts))
+    return packed
+
+
+def gradient(fields: object = GRADIENT_FIELDS, specs: object = (SPEC,)) -> list[bytes]:
+    return [header(1, "gradient", fields, specs), b"\0\0\0\0"]
+
+
+def test_the_untouched_gradient_is_legal() -> None:
+    assert same(decode(gradient()), m.Gradient(0, 0, 0.0, np.zeros(1, dtype=np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ([], "0 frames, expected 1 to 4097"),
+        ([b""], "header of 0 bytes is no msgpack"),
+        ([header(1, "ping", {}, [])] + [b""] * 4097, "4098 frames"),
+        ([b"\0" * (2**20 + 1)], "header of 1048577 bytes, the limit is 1048576"),
+        ([header(1, "ping", {}, []) + b"\0"], "no msgpack"),  # trailing data
+        ([b"\x91" * 5000 + b"\x01"], "no msgpack"),  # 5,000 lists inside each other
+        ([b"\xdd\xff\xff\xff\xff"], "no msgpack"),  # announces 4 Gi elements
+        ([b"\xdb\xff\xff\xff\xff"], "no msgpack"),  # announces a string of 4 GiB
+        ([b"\x94\x01\xa4ping\x80\xd4\x00\x00"], "no msgpack"),  # an extension type
+        ([b"\x94\x01\xa4ping\x81\x00\x00\x90"], "no msgpack"),  # an integer as key
+        ([b"\x94\x01\xa4ping\x82\xa1a\x00\xa1a\x00\x90"], "occurs twice"),
+        ([b"\x94\x01\xa4p\xffng\x80\x90"], "no msgpack"),  # not UTF-8
+        ([header()], r"not \[version"),
+        ([msgpack.packb({"version": 1})], r"not \[version"),
+        ([header(True, "ping", {}, [])], r"not \[version"),
+        ([header("1", "ping", {}, [])], r"not \[version"),
+        ([header(1, "ping", {})], r"not \[version"),
+        ([header(1, "ping", [], [])], r"not \[version"),
+        ([header(1, "ping", {}, {})], r"not \[version"),
+        ([header(2, "hello")], "peer speaks protocol version 2, this end speaks 1"),
+        ([header(1, "pong!", {}, [])], "unknown kind of message 'pong!'"),
+        ([header(1, ["ping"], {}, [])], "unknown kind of message a value of type list"),
+        ([header(1, "ping", {"why": 1}, [])], "unknown fields 'why'"),
+        ([header(1, "release", {"round_num": 1}, [])], "missing or unknown fields 'reason'"),
+        (gradient({**GRADIENT_FIELDS, "step": 1.0}), "step is 1.0, expected an int"),
+        (gradient({**GRADIENT_FIELDS, "step": False}), "step is False, expected an int"),
+        (gradient({**GRADIENT_FIELDS, "step": -1}), "step is -1"),
+        (gradient({**GRADIENT_FIELDS, "step": 2**64 - 1}), "step is 18446744073709551615"),
+        (gradient({**GRADIENT_FIELDS, "held_seconds": float("inf")}), "held_seconds is inf"),
+        (gradient({**GRADIENT_FIELDS, "held_seconds": False}), "held_seconds is False, expected a float"),
+        (gradient({**GRADIENT_FIELDS, "held_seconds": 1e300}), r"held_seconds is 1e\+300"),
+        (gradient(specs=[]), "announces 0 tensors and brings 1 frames"),
+        (gradient(specs=[5]), "5 as a tensor spec"),
+        (gradient(specs=[SPEC[:3]]), "as a tensor spec"),
+        (gradient(specs=[["gradient", [], "float32", [1]]]), "expected two strings"),
+        (gradient(specs=[[{}, "", "float32", [1]]]), "expected two strings"),
+        (gradient(specs=[["gradient", "x", "float32", [1]]]), "unknown or repeated tensor 'gradient' 'x'"),
+        (gradient(specs=[["labels", "", "float32", [1]]]), "unknown or repeated tensor 'labels'"),
+        (gradient(specs=[["step", "", "float32", [1]]]), "unknown or repeated tensor 'step'"),
+        (gradient(specs=[["gradient", "", "object", [1]]]), "tensor of type 'object'"),
+        (gradient(specs=[["gradient", "", ["float32"], [1]]]), "tensor of type a value of type list"),
+        (gradient(specs=[["gradient", "", "float32", [2]]]), "needs 8 bytes, its frame has 4"),
+        (gradient(specs=[["gradient", "", "float32", [0]]]), "needs 0 bytes, its frame has 4"),
+        (gradient(specs=[["gradient", "", "float32", [-1]]]), "-1, expected 0 to"),
+        (gradient(specs=[["gradient", "", "float32", 1]]), "expected a sequence"),
+        (gradient(specs=[["gradient", "", "float32", [1] * 9]]), "9 entries, the limit is 8"),
+        # 2**16 ** 4 = 2**64 elements: 0 bytes in 64-bit arithmetic that overflows
+        (gradient(specs=[["gradient", "", "uint8", [2**16] * 4]]), "exceeds 1073741824 bytes"),
+        # no elements, but numpy multiplies the other dimensions and would raise its own error
+        ([gradient(specs=[["gradient", "", "uint8", [0] + [2**30] * 7]])[0], b""], "exceeds 1073741824 bytes"),
+        ([gradient(specs=[["gradient", "", "bool", [2]]])[0], b"\x01\x02"], "neither 0 nor 1"),
+        ([*gradient(specs=[SPEC, SPEC]), b"\0\0\0\0"], "repeated tensor 'gradient'"),
+        ([header(1, "gradient", GRADIENT_FIELDS, [])], r"without the tensor \['gradient'\]"),
+        (
+            [
+                header(
+                    1,
+                    "update",
+                    {"round_num": 0, "num_samples": 0, "compute_seconds": 0.0, "transfer_seconds": 0.0, "metrics": {}},
+                    [["state", "w", "int8", [1]], ["state", "w", "int8", [1]]],
+                ),
+                b"\0",
+                b"\0",
+            ],
+            "repeated tensor 'state' 'w'",
+        ),
+        (
+            [
+                header(
+                    1,
+                    "features",
+                    {"round_num": 0, "step": 0},
+                    [["features", "", "int8", [2, 1]], ["labels", "", "int64", [1]]],
+                ),
+                b"\0\0",
+                b"\0" * 8,
+            ],
+            r"features \(2, 1\) with labels int64 \(1,\)",
+        ),
+    ],
+)
+def test_decode_refuses(frames: list[bytes], words: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=words):
+        decode(frames)
+
+
+def test_decode_refuses_a_message_that_is_too_big() -> None:
+    frames = encode(m.Gradient(0, 0, 0.0, np.zeros(100)))
+    with pytest.raises(RemoteProtocolError, match="the limit is 800"):
+        decode(frames, Limits(max_message_bytes=800))

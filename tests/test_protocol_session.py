@@ -1,0 +1,277 @@
+"""Every message in every state at both ends, and what may cross on the wire.
+
+EXPECTED is written from the rules in words, not from the tables of the module: for each state who may say what.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mergesfl.errors import LocalProtocolError, RemoteProtocolError
+from mergesfl.protocol import messages as m
+from mergesfl.protocol.session import Arrival, Role, Session, State
+
+X, Y = np.zeros((1, 2), dtype=np.float32), np.zeros(1, dtype=np.int64)
+
+REGISTER = m.Register("w", 1, "cpu", {}, 1, (1,), (2,))
+WELCOME = m.Welcome("m", "c", 2, (2,), 0)
+READY = m.Ready((2,), 8)
+
+
+def assign(round_num: int = 0, num_exchanges: int = 2) -> m.Assign:
+    return m.Assign(round_num, 2, num_exchanges, 1, "mergesfl", {}, {})
+
+
+def feat(round_num: int = 0, step: int = 0) -> m.Features:
+    return m.Features(round_num, step, X, Y)
+
+
+def grad(round_num: int = 0, step: int = 0) -> m.Gradient:
+    return m.Gradient(round_num, step, 0.0, X)
+
+
+def update(round_num: int = 0) -> m.Update:
+    return m.Update(round_num, 1, 0.0, 0.0, {})
+
+
+def release(round_num: int = 0) -> m.Release:
+    return m.Release(round_num, "late")
+
+
+UP, DOWN = "up", "down"
+TO_IDLE: list[tuple[str, Any]] = [(UP, REGISTER), (DOWN, WELCOME), (UP, READY)]
+
+
+def at(role: Role, script: list[tuple[str, Any]]) -> Session:
+    """A session after these messages, seen from one end."""
+    session = Session(role)
+    for direction, message in script:
+        if (direction == UP) == (role is Role.WORKER):
+            session.send(message)
+        else:
+            assert session.receive(message) is Arrival.FRESH
+    return session
+
+
+SCRIPTS: dict[str, list[tuple[str, Any]]] = {
+    "new": [],
+    "registering": TO_IDLE[:1],
+    "building": TO_IDLE[:2],
+    "idle": TO_IDLE,
+    "working at step 0": [*TO_IDLE, (DOWN, assign())],
+    "waiting at step 0": [*TO_IDLE, (DOWN, assign()), (UP, feat())],
+    "working at the end": [*TO_IDLE, (DOWN, assign(0, 1)), (UP, feat()), (DOWN, grad())],
+    "closed by the worker": [*TO_IDLE, (UP, m.Leave("bye"))],
+    "closed by the server": [*TO_IDLE, (DOWN, m.Goodbye("bye"))],
+}
+MESSAGES: list[Any] = [
+    REGISTER, WELCOME, READY, m.Refuse("r"), assign(1), feat(), grad(), update(), release(), m.Ping(), m.Pong(),
+    m.Reset("r"), m.Leave("l"), m.Goodbye("g"),
+]  # fmt: skip
+CLOSE = {"Refuse": "closed", "Reset": "closed", "Goodbye": "closed"}
+# state: (what the worker may say and where that leads, the same for the server)
+EXPECTED: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "new": ({"Register": "registering", "Leave": "closed"}, CLOSE),
+    "registering": (
+        {"Ping": "registering", "Leave": "closed"},
+        {"Welcome": "building", "Pong": "registering", **CLOSE},
+    ),
+    "building": ({"Ready": "idle", "Ping": "building", "Leave": "closed"}, {"Pong": "building", **CLOSE}),
+    "idle": ({"Ping": "idle", "Leave": "closed"}, {"Assign": "working", "Pong": "idle", **CLOSE}),
+    "working at step 0": (
+        {"Features": "waiting", "Ping": "working", "Leave": "closed"},  # no Update before its 2 exchanges
+        {"Release": "idle", "Pong": "working", **CLOSE},
+    ),
+    "waiting at step 0": (
+        {"Ping": "waiting", "Leave": "closed"},
+        {"Gradient": "working", "Release": "idle", "Pong": "waiting", **CLOSE},
+    ),
+    "working at the end": (
+        {"Update": "idle", "Ping": "working", "Leave": "closed"},  # no Features after its 1 exchange
+        {"Release": "idle", "Pong": "working", **CLOSE},
+    ),
+    "closed by the worker": ({}, {}),
+    "closed by the server": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("state", SCRIPTS)
+def test_send(state: str, message: Any, role: Role) -> None:
+    session = at(role, SCRIPTS[state])
+    before = session.state
+    says = EXPECTED[state][0 if role is Role.WORKER else 1]
+    kind = type(message).__name__
+    if kind in says:
+        session.send(message)
+        assert session.state is State(says[kind])
+    else:
+        with pytest.raises(LocalProtocolError, match=kind):
+            session.send(message)
+        assert session.state is before
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("state", SCRIPTS)
+def test_receive(state: str, message: Any, role: Role) -> None:
+    session = at(role, SCRIPTS[state])
+    before = session.state
+    hears = EXPECTED[state][1 if role is Role.WORKER else 0]
+    kind = type(message).__name__
+    closed_here = state == f"closed by the {role.value}"
+    if closed_here and kind != "Register":
+        assert session.receive(message) is Arrival.STALE
+        assert session.state is State.CLOSED
+    elif kind in hears:
+        assert session.receive(message) is Arrival.FRESH
+        assert session.state is State(hears[kind])
+    else:
+        with pytest.raises(RemoteProtocolError, match=kind):
+            session.receive(message)
+        assert session.state is before
+
+
+def test_a_whole_run_keeps_both_ends_in_step() -> None:
+    worker, server = Session(Role.WORKER), Session(Role.SERVER)
+    script = [
+        *TO_IDLE, (DOWN, assign(0, 2)), (UP, feat(0, 0)), (UP, m.Ping()), (DOWN, m.Pong()), (DOWN, grad(0, 0)),
+        (UP, feat(0, 1)), (DOWN, grad(0, 1)), (UP, update(0)),
+        (DOWN, assign(4, 0)), (UP, update(4)),  # federated: no exchanges; rounds may be left out
+        (DOWN, assign(5, 1)), (UP, feat(5, 0)), (DOWN, release(5)), (DOWN, assign(6, 0)), (UP, update(6)),
+        (DOWN, m.Goodbye("done")),
+    ]  # fmt: skip
+    for direction, message in script:
+        speaker, hearer = (worker, server) if direction == UP else (server, worker)
+        speaker.send(message)
+        assert hearer.receive(message) is Arrival.FRESH
+        assert (worker.state, worker.step, worker.round_num) == (server.state, server.step, server.round_num)
+    assert worker.state is State.CLOSED
+
+
+def test_round_num_and_step_are_shown_only_for_the_round_at_work() -> None:
+    session = at(Role.SERVER, [*TO_IDLE, (DOWN, assign(7, 2)), (UP, feat(7)), (DOWN, grad(7))])
+    assert (session.round_num, session.step) == (7, 1)
+    session.send(release(7))
+    assert session.round_num is None
+
+
+WORKING_7 = [*TO_IDLE, (DOWN, assign(7, 2)), (UP, feat(7, 0)), (DOWN, grad(7, 0))]  # the next step is 1
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "words"),
+    [
+        (WORKING_7, feat(8, 1), "Features carries round 8; expected 7"),
+        (WORKING_7, feat(6, 1), "Features carries round 6; expected 7"),
+        (WORKING_7, feat(7, 0), "Features carries step 0; expected 1"),
+        (WORKING_7, feat(7, 2), "Features carries step 2; expected 1"),
+        (WORKING_7, update(7), "Update comes too early; expected Features of step 1"),
+        ([*TO_IDLE, (DOWN, assign(7, 0))], feat(7, 0), "one step too many; expected Update"),
+        ([*TO_IDLE, (DOWN, assign(7, 0))], update(8), "Update carries round 8; expected 7"),
+    ],
+)
+def test_the_worker_must_keep_count(script: list[tuple[str, Any]], message: Any, words: str) -> None:
+    with pytest.raises(LocalProtocolError, match=words):
+        at(Role.WORKER, script).send(message)
+    with pytest.raises(RemoteProtocolError, match=words):
+        at(Role.SERVER, script).receive(message)
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "words"),
+    [
+        ([*WORKING_7, (UP, feat(7, 1))], grad(8, 1), "Gradient carries round 8; expected 7"),
+        ([*WORKING_7, (UP, feat(7, 1))], grad(7, 0), "Gradient carries step 0; expected 1"),
+        (WORKING_7, release(8), "Release carries round 8; expected 7"),
+        ([*WORKING_7, (DOWN, release(7))], assign(7), "repeats round 7; use a number above 7"),
+        ([*WORKING_7, (DOWN, release(7))], assign(6), "repeats round 6; use a number above 7"),
+    ],
+)
+def test_the_server_must_keep_count(script: list[tuple[str, Any]], message: Any, words: str) -> None:
+    with pytest.raises(LocalProtocolError, match=words):
+        at(Role.SERVER, script).send(message)
+    with pytest.raises(RemoteProtocolError, match=words):
+        at(Role.WORKER, script).receive(message)
+
+
+# ------------------------------------------------------------------------------------------------- crossing on the wire
+
+
+@pytest.mark.parametrize("late", [feat(7, 1), update(7)], ids=["Features", "Update"])
+@pytest.mark.parametrize("already_assigned", [False, True])
+def test_what_crosses_a_release_is_stale_once(late: Any, already_assigned: bool) -> None:
+    server = at(Role.SERVER, WORKING_7)
+    server.send(release(7))
+    if already_assigned:
+        server.send(assign(8))
+    assert server.receive(late) is Arrival.STALE
+    with pytest.raises(RemoteProtocolError):  # the worker sends one message and waits: a second one did not cross
+        server.receive(late)
+    if not already_assigned:
+        server.send(assign(8))
+    assert server.receive(feat(8, 0)) is Arrival.FRESH
+    assert (server.state, server.round_num, server.step) == (State.WAITING, 8, 0)
+
+
+def test_nothing_can_cross_a_release_while_the_worker_waits() -> None:
+    server = at(Role.SERVER, [*WORKING_7, (UP, feat(7, 1))])
+    server.send(release(7))
+    with pytest.raises(RemoteProtocolError):
+        server.receive(feat(7, 1))
+
+
+def test_anything_fresh_proves_that_nothing_stale_is_left() -> None:
+    server = at(Role.SERVER, [*WORKING_7, (DOWN, release(7)), (DOWN, assign(8)), (UP, feat(8, 0)), (DOWN, grad(8, 0))])
+    with pytest.raises(RemoteProtocolError):
+        server.receive(feat(7, 1))
+
+
+def test_several_releases_in_a_row() -> None:
+    script = [
+        *WORKING_7,
+        (DOWN, release(7)),
+        (DOWN, assign(8)),
+        (DOWN, release(8)),
+        (DOWN, assign(9)),
+        (DOWN, release(9)),
+    ]
+    server = at(Role.SERVER, script)
+    assert server.receive(feat(7, 1)) is Arrival.STALE
+    assert server.receive(feat(9, 0)) is Arrival.STALE
+    with pytest.raises(RemoteProtocolError):  # messages keep their order: after round 9 nothing of round 8 can come
+        server.receive(feat(8, 0))
+
+
+def test_a_finished_round_is_not_stale_but_wrong() -> None:
+    server = at(Role.SERVER, [*TO_IDLE, (DOWN, assign(7, 0)), (UP, update(7))])
+    with pytest.raises(RemoteProtocolError):
+        server.receive(update(7))
+
+
+def test_a_release_that_crosses_the_update_is_stale_at_the_worker() -> None:
+    worker = at(Role.WORKER, [*TO_IDLE, (DOWN, assign(7, 0)), (UP, update(7))])
+    assert worker.receive(release(7)) is Arrival.STALE
+    assert worker.receive(grad(7, 0)) is Arrival.STALE
+    assert worker.receive(assign(8)) is Arrival.FRESH
+    assert worker.receive(release(7)) is Arrival.STALE
+    assert (worker.state, worker.round_num) == (State.WORKING, 8)
+
+
+def test_a_release_of_a_round_never_assigned_is_wrong() -> None:
+    with pytest.raises(RemoteProtocolError):
+        at(Role.WORKER, TO_IDLE).receive(release(0))
+
+
+def test_after_an_error_the_server_can_still_refuse() -> None:
+    server = at(Role.SERVER, TO_IDLE)
+    with pytest.raises(RemoteProtocolError, match="legal: Ping, Leave"):
+        server.receive(update(0))
+    server.send(m.Refuse("Update without an assignment"))
+    assert server.state is State.CLOSED
+    with pytest.raises(LocalProtocolError, match="begin a new session"):
+        server.send(m.Goodbye("twice"))

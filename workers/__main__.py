@@ -1,0 +1,88 @@
+"""`python -m workers`, the same as `mergesfl worker`: one worker daemon."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergesfl.data.request import IMAGE_SIZE_PIXELS
+from mergesfl.errors import ConfigError
+from mergesfl.runtime.clock import WallClock
+from mergesfl.runtime.devices import resolve_device, set_threads
+from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
+from mergesfl.transport import connect as connect_to
+from workers.daemon import Daemon, DaemonSettings
+from workers.local_data import load_local_data
+from workers.pace import DeclaredPace, MeasuredPace, Pace
+
+
+def make_pace(
+    clock: WallClock,
+    slowdown: float,
+    compute_seconds_per_sample: float | None,
+    transfer_seconds_per_sample: float | None,
+) -> Pace:
+    """The pace of the command line. Raises ConfigError for half a declaration or an impossible number."""
+    if (compute_seconds_per_sample is None) != (transfer_seconds_per_sample is None):
+        raise ConfigError(
+            "declare both --declared-compute-seconds-per-sample and --declared-transfer-seconds-per-sample"
+        )
+    if slowdown < 1:
+        raise ConfigError(f"--slowdown {slowdown}: expected 1 or more (2 computes half as fast)")
+    if compute_seconds_per_sample is None or transfer_seconds_per_sample is None:
+        return MeasuredPace(clock, slowdown)
+    return DeclaredPace(compute_seconds_per_sample, transfer_seconds_per_sample)
+
+
+def worker(
+    connect: Annotated[str, typer.Option(help="address of the parameter server, e.g. tcp://192.168.1.10:5555")],
+    worker_id: Annotated[str, typer.Option("--id", help="name of this worker, unique in the fleet")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="this worker's data: NAME or NAME:PATH (see mergesfl datasets)")
+    ] = "digits",
+    partition: Annotated[Path | None, typer.Option(help="take a share of a saved partition (.npz)")] = None,
+    index: Annotated[int | None, typer.Option(help="which share, from 0")] = None,
+    image_size_pixels: Annotated[
+        int, typer.Option(help="size of the images of the data set 'folder'")
+    ] = IMAGE_SIZE_PIXELS,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="torch threads; default: all cores")] = None,
+    once: Annotated[bool, typer.Option(help="end after one run instead of waiting for the next")] = False,
+    slowdown: Annotated[float, typer.Option(help="compute this many times slower, to try heterogeneity")] = 1.0,
+    declared_compute_seconds_per_sample: Annotated[
+        float | None, typer.Option(help="report this instead of measured compute time (repeatable runs)")
+    ] = None,
+    declared_transfer_seconds_per_sample: Annotated[
+        float | None, typer.Option(help="report this instead of measured transfer time (repeatable runs)")
+    ] = None,
+    exit_with_parent: Annotated[bool, typer.Option(help="end when the process that started this one ends")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+) -> None:
+    """Start one worker daemon: it registers with the parameter server, works, and waits for the next run."""
+
+    def command() -> None:
+        set_up_logging(log_level)
+        stop = StopFlag()
+        stop.install()
+        if exit_with_parent:
+            stop.watch_parent()
+        clock = WallClock()
+        pace = make_pace(clock, slowdown, declared_compute_seconds_per_sample, declared_transfer_seconds_per_sample)
+        set_threads(threads)
+        data = load_local_data(dataset, partition, index, image_size_pixels)
+        settings = DaemonSettings(worker_id or socket.gethostname(), once)
+        Daemon(settings, lambda: connect_to(connect), data, resolve_device(device), clock, pace, stop.is_set).run()
+
+    run_and_exit(command)
+
+
+def main() -> None:
+    """Entry point."""
+    typer.run(worker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The blocking exchange: features out, gradient in, and how long both took.
+
+Observed as the spec's section 2 says: the worker times its own forward and backward (compute) and each exchange; the
+server reports how long it held the request; transfer = exchange - held. Only durations cross the network.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergesfl.protocol.messages import Features, Gradient
+from mergesfl.runtime.arrays import to_array, to_tensor
+from mergesfl.runtime.clock import Clock
+from workers.link import Link, SessionLostError
+from workers.pace import Pace
+
+
+class TimedExchange:
+    """`exchange(step, z, y) -> gradient` for one round; counts compute and transfer seconds while it is used."""
+
+    def __init__(
+        self, link: Link, round_num: int, batch_size: int, clock: Clock, pace: Pace, device: torch.device
+    ) -> None:
+        self._link = link
+        self._round_num = round_num
+        self._batch_size = batch_size
+        self._clock = clock
+        self._pace = pace
+        self._device = device
+        self._step_compute_seconds = 0.0
+        self._compute_begin_seconds = clock.now_seconds()
+        self.compute_seconds = 0.0
+        self.transfer_seconds = 0.0
+
+    def __call__(self, step: int, features: Tensor, labels: Tensor) -> Tensor:
+        """features (d_i, F...), labels (d_i,) -> dL/dfeatures (d_i, F...). Blocks until the server answers."""
+        message = Features(self._round_num, step, to_array(features), to_array(labels))  # waits for the device
+        self._pause_compute()
+        begin_seconds = self._clock.now_seconds()
+        self._link.send(message)
+        answer = self._link.receive()
+        exchange_seconds = self._clock.now_seconds() - begin_seconds
+        if not isinstance(answer, Gradient):
+            raise SessionLostError(f"expected Gradient for step {step}, got {type(answer).__name__}")
+        self.transfer_seconds += self._pace.transfer_seconds(exchange_seconds - answer.held_seconds, len(labels))
+        if answer.gradient.shape not in (tuple(features.shape), (0,)):
+            raise SessionLostError(f"gradient of shape {answer.gradient.shape} for features of {tuple(features.shape)}")
+        self._compute_begin_seconds = self._clock.now_seconds()
+        return to_tensor(answer.gradient, self._device)
+
+    def finish(self, num_steps: int) -> None:
+        """Ends the last stretch of computing and settles what is reported for the round."""
+        self._pause_compute()
+        num_samples = self._batch_size * num_steps
+        self.compute_seconds = self._pace.compute_seconds(self._step_compute_seconds, num_samples)
+
+    def _pause_compute(self) -> None:
+        """A stretch of computing ends: throttle, then count it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._pace.throttle(self._clock.now_seconds() - self._compute_begin_seconds)
+        self._step_compute_seconds += self._clock.now_seconds() - self._compute_begin_seconds

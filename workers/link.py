@@ -1,0 +1,113 @@
+"""A worker's session with the parameter server: sends, waits, and turns every way a session can end into an exception."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from mergesfl.errors import LocalProtocolError, MergeSFLError, RemoteProtocolError
+from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.messages import Goodbye, Leave, Message, Ping, Pong, Refuse, Release, Reset
+from mergesfl.protocol.session import Arrival, Role, Session
+from mergesfl.runtime.clock import Clock
+from mergesfl.transport.base import WorkerEndpoint
+
+POLL_SECONDS = 0.2  # how soon a wish to stop is noticed
+MAX_REASON_LENGTH = 1000
+PING_SECONDS = 1.0  # a restarted parameter server learns of us, and we of its restart, within this time
+
+
+class SessionLostError(MergeSFLError):
+    """The server does not know this session (any more): register again."""
+
+
+class RunFinishedError(MergeSFLError):
+    """The server said goodbye."""
+
+
+class RefusedError(MergeSFLError):
+    """The server will not have this worker; trying again would not help."""
+
+
+class RoundReleasedError(MergeSFLError):
+    """The server has given up this round, or this worker in it."""
+
+
+class StoppedError(MergeSFLError):
+    """This worker was asked to stop."""
+
+
+class Link:
+    """One session over one endpoint.
+
+    Args:
+        endpoint: the connection; this object closes it.
+        clock: measures the time between two pings.
+        check: called at every poll; raises StoppedError when the worker should end.
+    """
+
+    def __init__(self, endpoint: WorkerEndpoint, clock: Clock, check: Callable[[], None]) -> None:
+        self._endpoint = endpoint
+        self._clock = clock
+        self._check = check
+        self._session = Session(Role.WORKER)
+        self._last_ping_seconds = clock.now_seconds()
+
+    def close(self) -> None:
+        """Closes the endpoint."""
+        self._endpoint.close()
+
+    def send(self, message: Message) -> None:
+        """Sends, and waits for a connection as long as there is none. Raises StoppedError, LocalProtocolError."""
+        self._session.send(message)
+        frames = encode(message)
+        while not self._endpoint.send(frames):
+            self._check()
+            self._clock.sleep(POLL_SECONDS / 2)
+
+    def leave(self, reason: str) -> None:
+        """Says that this worker goes, if there is a session and a connection to say it on."""
+        message = Leave(reason[:MAX_REASON_LENGTH])
+        with contextlib.suppress(LocalProtocolError):
+            self._session.send(message)
+            self._endpoint.send(encode(message))
+
+    def receive(self) -> Message:
+        """Waits for the next message that means something to the caller; pings the server while it waits.
+
+        Raises SessionLostError, RunFinishedError, RefusedError, RoundReleasedError, StoppedError.
+        """
+        while True:
+            self._check()
+            frames = self._endpoint.recv(POLL_SECONDS)
+            if frames is None:
+                self._ping()
+                continue
+            try:
+                message = decode(frames)
+                arrival = self._session.receive(message)
+            except RemoteProtocolError as error:
+                raise SessionLostError(f"the server broke the protocol: {error}") from error
+            if arrival is Arrival.FRESH and not isinstance(message, Pong):
+                return self._sift(message)
+
+    def _sift(self, message: Message) -> Message:
+        """Raises for the messages that end a session or a round."""
+        if isinstance(message, Reset):
+            raise SessionLostError(message.reason)
+        if isinstance(message, Goodbye):
+            raise RunFinishedError(message.reason)
+        if isinstance(message, Refuse):
+            raise RefusedError(message.reason)
+        if isinstance(message, Release):
+            raise RoundReleasedError(message.reason)
+        return message
+
+    def _ping(self) -> None:
+        """Asks the server whether it still knows us, at most once per PING_SECONDS."""
+        now_seconds = self._clock.now_seconds()
+        if now_seconds - self._last_ping_seconds >= PING_SECONDS:
+            self._last_ping_seconds = now_seconds
+            message = Ping()
+            self._session.send(message)
+            self._endpoint.send(encode(message))
