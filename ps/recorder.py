@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Recorder:
         try:
             checkpoint = load_checkpoint(self._folder / "checkpoints")
         except CheckpointError:
-            if (self._folder / "checkpoints").exists():
+            if any((self._folder / "checkpoints").glob("checkpoint-*.json")):
                 raise
             log.warning("%s has no checkpoint yet: starting from round 0", self._folder)
             return None
@@ -126,8 +126,8 @@ class Recorder:
         every = self._config.output.checkpoint_every_rounds
         return next_round % every == 0 or next_round == self._config.training.num_rounds
 
-    def finish(self, network: SplitModel, wall_seconds: float) -> dict[str, Any]:
-        """Writes summary, pictures and model; returns the summary."""
+    def finish(self, network: SplitModel, worker_names: Sequence[str], wall_seconds: float) -> dict[str, Any]:
+        """Writes summary, pictures and model; returns the summary. worker_names: the whole fleet, chosen or not."""
         config, folder = self._config, self._folder
         records = read_journal(folder / "journal.jsonl")
         values = {
@@ -145,7 +145,7 @@ class Recorder:
         )
         if config.output.plots:
             plot_accuracy(folder / "accuracy.png", records, title)
-            plot_batch_sizes(folder / "batch_sizes.png", records, self._worker_names(records), title)
+            plot_batch_sizes(folder / "batch_sizes.png", records, worker_names, title)
         if config.output.export:
             metadata = {"method": str(values["method"]), "dataset": self._dataset.name, "cut": network.cut}
             export_model(
@@ -159,9 +159,6 @@ class Recorder:
             self._journal.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-    def _worker_names(self, records: list[dict[str, Any]]) -> list[str]:
-        return sorted({name for record in records for name in record["worker_ids"]})
 
 
 def method_label(config: RunConfig) -> str:

@@ -173,7 +173,7 @@ def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> di
             wall_seconds = recorder.wall_seconds_before + clock.now_seconds() - begin_seconds
             tensors = copy_state(scene.network.joined_state_dict())
             recorder.checkpoint(round_num + 1, tensors, {"wall_seconds": wall_seconds})
-    summary = recorder.finish(scene.network, clock.now_seconds() - begin_seconds)
+    summary = recorder.finish(scene.network, ["central"], clock.now_seconds() - begin_seconds)
     recorder.close()
     return summary
 

@@ -116,7 +116,11 @@ class Server:
         except (InterruptedRunError, QuorumError):
             self._checkpoint(next_round, last_safe_state)
             raise
-        return self._recorder.finish(self._program.network, self._clock.now_seconds() - self._begin_seconds)
+        return self._recorder.finish(
+            self._program.network,
+            sorted(self._fleet.known_label_counts),
+            self._clock.now_seconds() - self._begin_seconds,
+        )
 
     def _restore(self) -> int:
         checkpoint = self._recorder.load()

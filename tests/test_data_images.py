@@ -30,7 +30,8 @@ CIFAR = {name: DRAWS.integers(0, 256, size=(2, 3, 32, 32), dtype=np.uint8) for n
 
 
 def idx_bytes(values: Any) -> bytes:
-    return struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+    header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+    return header + bytes(values.tobytes())
 
 
 def write_idx(raw: Path, packed: bool) -> None:
@@ -74,6 +75,7 @@ def test_packed_files_need_no_torchvision_and_may_lie_in_the_root(
         (gzip.compress(b"\x00\x00\x0d\x01" + bytes(8)), "begins with"),
         (gzip.compress(b"\x00\x00\x08\x03" + bytes(8)), "begins with"),
         (gzip.compress(idx_bytes(IDX["train-images-idx3-ubyte"])[:-1]), "9407 values, expected 9408"),
+        (gzip.compress(idx_bytes(IDX["train-images-idx3-ubyte"]) + b"x"), "9409 values, expected 9408"),
         (gzip.compress(idx_bytes(IDX["train-images-idx3-ubyte"][:11])), "11 samples and labels"),
         (gzip.compress(idx_bytes(IDX["train-images-idx3-ubyte"][:, 1:])), "expected"),
     ],

@@ -135,14 +135,14 @@ def test_npz_as_written(tmp_path: Path) -> None:
 
 def test_npz_optional_members(tmp_path: Path) -> None:
     arrays = archive_arrays(2)
-    groups = {"group_train": np.arange(12), "group_test": np.arange(5)}
+    groups: Any = {"group_train": np.arange(12), "group_test": np.arange(5)}
     np.savez(tmp_path / "x.npz", **arrays, **groups, classes=np.array(["a", "b", "c"]))
     data = load_dataset("npz", tmp_path / "x.npz")
     assert data.class_names == ("a", "b", "c") and data.num_classes == 3
     assert data.train.groups is not None and data.train.groups.tolist() == list(range(12))
     assert data.train.take([3]).groups == np.array([3])
     # A worker's own archive may lack classes; names of speakers become numbers, the same in both splits.
-    speakers = {"speaker_train": np.array(["eve", "adam"] * 6), "speaker_test": np.array(["eve"] * 4 + ["zoe"])}
+    speakers: Any = {"speaker_train": np.array(["eve", "adam"] * 6), "speaker_test": np.array(["eve"] * 4 + ["zoe"])}
     np.savez(tmp_path / "y.npz", **arrays, **speakers, num_classes=np.array(7))
     data = load_dataset("npz", tmp_path / "y.npz")
     assert data.num_classes == 7 and data.train.groups is not None and data.test.groups is not None

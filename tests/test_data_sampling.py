@@ -106,7 +106,7 @@ def test_writing_into_a_batch_leaves_the_data_alone() -> None:
 def test_global_randomness_is_not_touched() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
-    before_numpy, before_torch = np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index,union-attr]
+    before_numpy, before_torch = np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
     rows(stream(5, 3), 4)
     assert np.array_equal(before_numpy, np.random.get_state()[1])  # type: ignore[index]
     assert torch.equal(before_torch, torch.get_rng_state())

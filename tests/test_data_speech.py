@@ -118,7 +118,7 @@ def test_a_damaged_folder_names_the_path(tmp_path: Path, damage: Callable[[Path]
 @pytest.mark.parametrize("shape", [(16000,), (1, 16000)])
 def test_the_archive(tmp_path: Path, dtype: Any, scale: Any, shape: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).integers(-99, 99, size=(4, *shape)).astype(dtype)
-    speakers = {"speaker_train": np.array([5, 5, 2, 1]), "speaker_test": np.array([3, 3])}
+    speakers: Any = {"speaker_train": np.array([5, 5, 2, 1]), "speaker_test": np.array([3, 3])}
     path = tmp_path / "s.npz"
     np.savez(path, X_train=x, y_train=[0, 1, 2, 1], X_test=x[:2], y_test=[2, 0], **speakers)
     data = load_dataset("speech", path)

@@ -184,7 +184,7 @@ def test_random_msgpack_is_refused_or_a_message(header: object, tensor: bytes) -
         assert type(message) in KINDS.values()
 
 
-# ------------------------------------------------------------------------------------------------------ lending, viewing
+# ------------------------------------------------------------------------ lending, viewing
 
 
 def test_encode_lends_and_decode_views() -> None:
@@ -196,7 +196,7 @@ def test_encode_lends_and_decode_views() -> None:
     assert np.shares_memory(decoded.gradient, array)
     assert not decoded.gradient.flags.writeable
     array[1, 2] = 99.0  # the memory is one: what the sender does before it is sent, the receiver sees
-    assert float(decoded.gradient[1, 2]) == 99.0  # type: ignore[arg-type]
+    assert float(decoded.gradient[1, 2]) == 99.0
 
 
 @pytest.mark.parametrize("make", [np.asfortranarray, lambda a: a[:, ::-1], lambda a: a[::2], lambda a: a.T])
@@ -216,7 +216,7 @@ def test_a_frame_at_an_odd_address_gives_an_aligned_array() -> None:
     assert decoded.gradient.tolist() == [1.5, 2.5]
 
 
-# -------------------------------------------------------------------------------------------------------- refused: local
+# ------------------------------------------------------------------------ refused: local
 
 ARRAY = np.zeros(2, dtype=np.float32)
 
@@ -227,7 +227,7 @@ ARRAY = np.zeros(2, dtype=np.float32)
         ("no message", "'no message' is no message"),
         (m.Gradient(-1, 0, 0.0, ARRAY), "round_num is -1, expected 0 to 1099511627776"),
         (m.Gradient(True, 0, 0.0, ARRAY), "round_num is True, expected an int"),
-        (m.Gradient(np.int64(1), 0, 0.0, ARRAY), "round_num is a value of type int64, expected an int"),  # type: ignore[arg-type]
+        (m.Gradient(np.int64(1), 0, 0.0, ARRAY), "round_num is a value of type int64, expected an int"),
         (m.Gradient(10**5000, 0, 0.0, ARRAY), "an integer of 16610 bits"),  # 5000 * log2(10) = 16609.6
         (m.Gradient(0, 0, float("nan"), ARRAY), "held_seconds is nan, expected a finite number"),
         (m.Gradient(0, 0, -0.5, ARRAY), "held_seconds is -0.5, expected 0 to"),
@@ -262,13 +262,13 @@ def test_encode_refuses_more_than_the_limits() -> None:
     small = Limits(max_message_bytes=300, max_header_bytes=200, max_tensors=2)
     array = np.zeros(20, dtype=np.float64)  # 160 bytes: one fits, two do not
     encode(m.Update(0, 0, 0.0, 0.0, {"a": array}), small)
-    with pytest.raises(LocalProtocolError, match="message of .* bytes, the limit is 300"):
+    with pytest.raises(LocalProtocolError, match=r"message of .* bytes, the limit is 300"):
         encode(m.Update(0, 0, 0.0, 0.0, {"a": array, "b": array}), small)
     with pytest.raises(LocalProtocolError, match=r"tensor float64 \[38\] exceeds 300 bytes"):  # 38 * 8 = 304
         encode(m.Gradient(0, 0, 0.0, np.zeros(38)), small)
     with pytest.raises(LocalProtocolError, match="4 frames, expected 1 to 3"):
         encode(m.Update(0, 0, 0.0, 0.0, {"a": array[:1], "b": array[:1], "c": array[:1]}), small)
-    with pytest.raises(LocalProtocolError, match="header of .* bytes, the limit is 200"):
+    with pytest.raises(LocalProtocolError, match=r"header of .* bytes, the limit is 200"):
         encode(m.Refuse("x" * 200), small)
 
 
@@ -286,7 +286,7 @@ def test_clipped_texts_can_be_sent() -> None:
     assert clipped("x" * 4096) == "x" * 4096
 
 
-# ------------------------------------------------------------------------------------------------------- refused: remote
+# ------------------------------------------------------------------------ refused: remote
 
 GRADIENT_FIELDS = {"round_num": 0, "step": 0, "held_seconds": 0.0}
 SPEC = ["gradient", "", "float32", [1]]

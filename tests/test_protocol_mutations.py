@@ -86,7 +86,23 @@ def splice(rng: random.Random, frames: Frames, pool: list[Frames]) -> Frames:
 def retype(rng: random.Random, frames: Frames, pool: list[Frames]) -> Frames:
     """Replaces one value anywhere in the parsed header: still msgpack, but something else."""
     header = msgpack.unpackb(frames[0])
-    odd = [None, True, -1, 2**63, 0.5, float("nan"), "", "\0", b"x", [], {}, [[]], {"": None}, "x" * 5000, 2**64 - 1]
+    odd: list[object] = [
+        None,
+        True,
+        -1,
+        2**63,
+        0.5,
+        float("nan"),
+        "",
+        "\0",
+        b"x",
+        [],
+        {},
+        [[]],
+        {"": None},
+        "x" * 5000,
+        2**64 - 1,
+    ]
     node = header
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))

@@ -1,4 +1,4 @@
-"""Batch sizes: by speed (Eq. 9), and scaled by one factor to fill the ingress budget (Algorithm 1, last step).
+"""Batch sizes: by speed (Eq. 9), and scaled by one factor to a given sum (Algorithm 1, last step).
 
 Legend: N workers, n chosen workers, d_i samples per step of worker i, D their sum.
 """
@@ -93,31 +93,10 @@ def scale_to_total(batch_sizes: FloatArray | IntArray, caps: IntArray, total_sam
     return sizes
 
 
-def fill_budget(
-    batch_sizes: FloatArray | IntArray,
-    num_samples: IntArray,
-    budget_samples: int,
-    max_batch_size: int,
-    allow_above_max: bool = True,
-) -> IntArray:
-    """Scales all d_i by one factor so that the ingress budget is filled (Algorithm 1, last step). [paper]
-
-    Whether d_i may pass D_max is not published; here it may, up to the worker's samples, unless switched off. [ours]
-
-    Args:
-        batch_sizes: (n,) d_i of the chosen workers.
-        num_samples: (n,) size of each local data set.
-        budget_samples: floor(B / c), samples that the ingress takes per step.
-        max_batch_size: D_max.
-        allow_above_max: whether d_i may pass D_max.
-
-    Returns: (n,) d_i; the sum is at most the budget, and equal to it unless every worker is at its cap.
-    Raises: ValueError if the budget is less than one sample per worker.
-    """
-    return scale_to_total(batch_sizes, batch_caps(num_samples, max_batch_size, allow_above_max), budget_samples)
-
-
 def batch_caps(num_samples: IntArray, max_batch_size: int, allow_above_max: bool) -> IntArray:
-    """(n,) the largest d_i allowed: the worker's own samples, and D_max unless it may be passed."""
+    """(n,) the largest d_i allowed: the worker's own samples, and D_max unless it may be passed.
+
+    Whether scaling may take d_i past D_max is not published; by default (ControlSettings.allow_above_max) it may. [ours]
+    """
     samples = np.asarray(num_samples, dtype=np.int64)
     return samples if allow_above_max else np.minimum(samples, max_batch_size)

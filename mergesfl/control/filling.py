@@ -1,4 +1,4 @@
-"""Fills the ingress budget with a set whose weights are given, as far as rounding and caps leave the merged labels right.
+"""Fills the ingress budget with a set of given weights, as far as rounding and caps leave the merged labels right.
 
 Scaling all d_i by one factor leaves the mixture as it is [paper], except that d_i are integers and that nobody has more
 samples than it has. So the largest total is looked for whose KL is still within a limit [ours].
@@ -18,7 +18,7 @@ _FILL_CANDIDATES = 12  # totals tried between the least and the most, evenly spa
 _MAX_TRANSFERS = 64  # single samples moved from one worker to another to undo what rounding did to the KL
 
 
-def fill_within(
+def fill_budget(
     weights: FloatArray,
     caps: IntArray,
     least_samples: int,
@@ -58,7 +58,7 @@ def _with_transfers(
     seconds: FloatArray,
 ) -> IntArray:
     """(n,) moves single samples between workers while the KL is above the limit and falls; the round gets no longer."""
-    sizes = batch_sizes.copy()
+    sizes: IntArray = batch_sizes.copy()
     kl = kl_nats(mixture(sizes, distributions), reference)
     longest = float((sizes * seconds).max()) * (1 + 1e-9)
     for _ in range(_MAX_TRANSFERS):
@@ -67,9 +67,8 @@ def _with_transfers(
         if kl <= limit_nats or len(givers) == 0 or len(takers) == 0:
             break
         phi = np.maximum(mixture(sizes, distributions), 1e-300)  # (C,)
-        slope = distributions @ np.log(
-            phi / np.maximum(reference, REFERENCE_FLOOR)
-        )  # (n,) dKL/dd_i, up to a constant and factor
+        log_ratio = np.log(phi / np.maximum(reference, REFERENCE_FLOOR))  # (C,)
+        slope = distributions @ log_ratio  # (n,) dKL/dd_i, up to a constant and a factor
         moved = sizes.copy()
         moved[givers[np.argmax(slope[givers])]] -= 1
         moved[takers[np.argmin(slope[takers])]] += 1

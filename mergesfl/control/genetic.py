@@ -4,9 +4,9 @@ The first population is sampled with the priorities p_i of Eq. 13 [paper]. The r
 an individual is a set; crossover is the union of two parents, repaired to the budget (for every second child to a
 random part of it, since the best set may be small) by keeping members in an order drawn with p_i; mutation swaps a
 member for a worker drawn with p_i, or adds one, or drops one: the best of a few draws; the best of parents and children
-survive (elitism). When no better set appears for a while the best is polished by a local search, kept aside, and a fresh
-population is sampled. The greedy set is in the first population, so the result is never worse than greedy, and every
-individual is within the budget.
+survive (elitism). When no better set appears for a while the best is polished by a local search, kept aside, and a
+fresh population is sampled. The greedy set is in the first population, so the result is never worse than greedy, and
+every individual is within the budget.
 
 Legend: N workers, C classes, P individuals, K draws.
 """
@@ -40,7 +40,7 @@ class GeneticSettings:
     """
 
     population: int = 32
-    generations: int = 48
+    generations: int = 40
     patience: int = 6
     mutation_draws: int = 16
     nobody_rate: float = 0.25
@@ -98,8 +98,8 @@ def _winners(costs: FloatArray, generator: np.random.Generator) -> IntArray:
 def _packed(problem: SelectionProblem, sets: BoolArray, generator: np.random.Generator) -> BoolArray:
     """(P, N) the members of each set that fit, tried in an order drawn without replacement with probability ~ p_i.
 
-    No set given may be empty, and none returned is. An order by exponential variates of rate p_i is such a draw: the least of them is worker i with probability
-    p_i / sum p_j, and so on for the rest.
+    No set given may be empty, and none returned is. An order by exponential variates of rate p_i is such a draw: the
+    least of them is worker i with probability p_i / sum p_j, and so on for the rest.
     """
     waits = generator.standard_exponential(sets.shape) / np.maximum(problem.priorities, 1e-300)  # (P, N)
     order = np.argsort(np.where(sets, waits, np.inf), axis=1)  # (P, N)

@@ -13,7 +13,7 @@ import numpy as np
 from mergesfl.control.batching import batch_caps, regulated_batch_sizes
 from mergesfl.control.divergence import idle_seconds, kl_nats, mixture, round_seconds
 from mergesfl.control.facts import FleetFacts
-from mergesfl.control.filling import fill_within
+from mergesfl.control.filling import fill_budget
 from mergesfl.control.finetuning import finetune
 from mergesfl.control.fleet import FleetView, IntArray
 from mergesfl.control.genetic import GeneticSettings, genetic
@@ -123,7 +123,7 @@ def plan_round(
     total = int(sizes[chosen].sum())  # D
     limit_nats = max(settings.kl_epsilon_nats, 1.01 * tuning.kl_nats)
     largest = min(budget_samples, int(caps.sum())) if settings.fill_budget else total
-    batch_sizes = fill_within(
+    batch_sizes = fill_budget(
         tuning.weights,
         caps,
         total,

@@ -97,7 +97,7 @@ def build_network(name: str, sample_shape: tuple[int, ...], num_classes: int, se
         )
     try:
         net = replace_dropout(build_seeded(build, seed))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise _misfit(name, expected, sample_shape, str(error)) from error
     try:
         shape = output_shape(net, sample_shape)

@@ -109,9 +109,7 @@ def _trace_chain(net: nn.Module) -> Trace | None:
     def append(module: nn.Module, prefix: str, value: fx.Node) -> fx.Node | None:
         for name, child in module._modules.items():
             path = f"{prefix}{name}"
-            if child is None:
-                return None
-            if is_chain(child):
+            if child is not None and is_chain(child):
                 inner = append(child, f"{path}.", value)
                 if inner is None:
                     return None

@@ -1,0 +1,85 @@
+"""Batch sizes: Eq. 9 by hand, and the scaling to a total as properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergesfl.control.batching import batch_caps, known_or_typical, regulated_batch_sizes, scale_to_total
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def test_regulated_batch_sizes_by_hand() -> None:
+    # D_max 64, fastest 0.01: 64; 0.02 -> 32; 0.03 -> 21.33 -> 21; 1.0 -> 0.64 -> 1 (100x slower)
+    sizes = regulated_batch_sizes(np.array([0.02, 0.01, 0.03, 1.0]), ints(500, 500, 500, 500), 64)
+    assert sizes.tolist() == [32, 64, 21, 1]
+
+
+def test_own_samples_cap_and_workers_without_samples() -> None:
+    # The fastest of all has no samples: it is not the measure, and gets none. The measure is 0.02.
+    sizes = regulated_batch_sizes(np.array([0.02, 0.001, 0.04, 0.02]), ints(500, 0, 500, 5), 64)
+    assert sizes.tolist() == [64, 0, 32, 5]
+    assert regulated_batch_sizes(np.array([1.0, 2.0]), ints(0, 0), 64).tolist() == [0, 0]
+
+
+def test_exact_quotients_do_not_lose_a_sample_to_rounding() -> None:
+    # 49 * (s / (s * k)) must be 49 // k exactly for every k that divides it, whatever s is in binary
+    for s in (0.1, 0.3, 1 / 3, 1e-7):
+        for k in (1, 2, 3, 4, 6, 12):
+            assert regulated_batch_sizes(np.array([s, s * k]), ints(100, 100), 12)[1] == 12 // k
+
+
+def test_a_speed_of_zero_is_the_fastest() -> None:
+    assert regulated_batch_sizes(np.array([0.0, 0.0, 1.0]), ints(9, 9, 9), 8).tolist() == [8, 8, 1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_impossible_speeds_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="seconds_per_sample"):
+        regulated_batch_sizes(np.array([1.0, bad]), ints(9, 9), 8)
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        regulated_batch_sizes(np.array([1.0]), ints(9), 0)
+
+
+def test_unknown_speeds_are_typical() -> None:
+    assert known_or_typical([None, 1.0, 5.0, 2.0, None]).tolist() == [2.0, 1.0, 5.0, 2.0, 2.0]
+    assert known_or_typical([None, None]).tolist() == [1.0, 1.0]
+
+
+def test_scaling_by_hand() -> None:
+    # 2, 1, 1 to 10: 5, 2.5, 2.5: one sample is left for two equal remainders, the earlier worker gets it
+    assert scale_to_total(ints(2, 1, 1), ints(99, 99, 99), 10).tolist() == [5, 3, 2]
+    # the cap of 3 binds the first, 7 are left for 1 : 1 : 5 -> 1, 1, 5
+    assert scale_to_total(ints(2, 1, 1, 5), ints(3, 99, 99, 99), 10).tolist() == [3, 1, 1, 5]
+    # everyone at the cap: less than the total
+    assert scale_to_total(ints(1, 9), ints(4, 5), 100).tolist() == [4, 5]
+    # nobody falls below 1, even when scaled down
+    assert scale_to_total(ints(1, 20), ints(1, 20), 5).tolist() == [1, 4]
+    with pytest.raises(ValueError, match="choose fewer workers"):
+        scale_to_total(ints(1, 1, 1), ints(5, 5, 5), 2)
+
+
+def test_caps() -> None:
+    assert batch_caps(ints(3, 100), 64, allow_above_max=True).tolist() == [3, 100]
+    assert batch_caps(ints(3, 100), 64, allow_above_max=False).tolist() == [3, 64]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3000)), min_size=1, max_size=40), st.integers(0, 5000))
+def test_scaling_properties(workers: list[tuple[int, int]], extra: int) -> None:
+    sizes = ints(*(size for size, _ in workers))
+    caps = sizes + ints(*(spare for _, spare in workers))
+    total = len(workers) + extra
+    scaled = scale_to_total(sizes, caps, total)
+    assert scaled.sum() == min(total, caps.sum())
+    assert (scaled >= 1).all() and (scaled <= caps).all()
+    # one factor: between two workers away from their bounds, the ratio is kept up to rounding
+    free = np.flatnonzero((scaled > 1) & (scaled < caps))
+    if len(free):
+        factors_low, factors_high = (scaled[free] - 1) / sizes[free], (scaled[free] + 1) / sizes[free]
+        assert factors_low.max() <= factors_high.min() + 1e-9
