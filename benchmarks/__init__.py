@@ -1,0 +1,1 @@
+"""Measurements: comparisons of methods, and micro-benchmarks of single parts."""

@@ -177,16 +177,18 @@ class RoundExchange:
             )
         if message.labels.shape != (batch_size,) or message.labels.dtype != np.int64:
             raise RemoteProtocolError(
-                f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, expected int64{(batch_size,)}"
+                f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, "
+                f"expected int64{(batch_size,)}"
             )
         if not np.isfinite(message.features).all():
             raise RemoteProtocolError(
                 f"worker '{name}' sent features that are not finite: lower training.learning_rate"
             )
-        labels = message.labels.astype(np.int64, copy=False)
+        labels = np.asarray(message.labels, dtype=np.int64)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._num_classes:
             raise RemoteProtocolError(
-                f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, expected 0 to {self._num_classes - 1}"
+                f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, "
+                f"expected 0 to {self._num_classes - 1}"
             )
 
     def _check_state(self, name: str, state: Mapping[str, np.ndarray]) -> None:

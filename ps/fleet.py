@@ -53,7 +53,7 @@ class Fleet:
     participations: dict[str, int] = field(default_factory=dict)
 
     def admit(self, peer: bytes, message: Register, session: Session) -> Member:
-        """Checks what a worker says of itself and adds it. Raises RemoteProtocolError with what is wrong and what to do."""
+        """Checks what a worker says of itself and adds it. Raises RemoteProtocolError: what is wrong, what to do."""
         counts = message.label_counts
         if message.sample_shape != self.sample_shape:
             raise RemoteProtocolError(

@@ -98,7 +98,7 @@ class Server:
         self._begin_seconds = clock.now_seconds()
 
     def run(self, resume: bool) -> dict[str, Any]:
-        """All rounds; returns the summary. Raises QuorumError, InterruptedRunError: the last checkpoint is intact then."""
+        """All rounds; returns the summary. Raises QuorumError, InterruptedRunError; what is done is saved then."""
         config = self._config
         next_round = self._restore() if resume else 0
         self._recorder.open(next_round)
@@ -151,8 +151,8 @@ class Server:
                     log.warning("starting with %d of %d workers", num_here, cluster.num_workers)
                     return
                 raise QuorumError(
-                    f"{num_here} of {cluster.num_workers} workers registered within {cluster.start_deadline_seconds:g} s "
-                    f"(cluster.start_deadline_seconds), {quorum} are needed: start the others with "
+                    f"{num_here} of {cluster.num_workers} workers registered within "
+                    f"{cluster.start_deadline_seconds:g} s (cluster.start_deadline_seconds), {quorum} are needed: start the others with "
                     "`mergesfl worker --connect`, or lower cluster.num_workers"
                 )
             self._switchboard.receive(remaining_seconds)
@@ -180,8 +180,8 @@ class Server:
             else:
                 return self._record(outcome, attempt, begin_seconds, begin_bytes)
         raise QuorumError(
-            f"round {round_num} was void {cluster.max_void_rounds} times in a row (cluster.max_void_rounds): see why the "
-            "workers are lost, then go on with --resume"
+            f"round {round_num} was void {cluster.max_void_rounds} times in a row (cluster.max_void_rounds): see why "
+            "the workers are lost, then go on with --resume"
         )
 
     def _settle(self) -> None:

@@ -152,7 +152,8 @@ class Switchboard:
         if message.protocol_version != PROTOCOL_VERSION:
             raise RemoteProtocolError(
                 f"worker '{message.worker_id}' speaks protocol {message.protocol_version}, this server "
-                f"{PROTOCOL_VERSION}: install the same mergesfl on both (worker: {message.versions.get('mergesfl', '?')})"
+                f"{PROTOCOL_VERSION}: install the same mergesfl on both "
+                f"(worker: {message.versions.get('mergesfl', '?')})"
             )
         session = Session(Role.SERVER)
         session.receive(message)

@@ -54,8 +54,8 @@ def test_unknown_speeds_are_typical() -> None:
 def test_scaling_by_hand() -> None:
     # 2, 1, 1 to 10: 5, 2.5, 2.5: one sample is left for two equal remainders, the earlier worker gets it
     assert scale_to_total(ints(2, 1, 1), ints(99, 99, 99), 10).tolist() == [5, 3, 2]
-    # the cap of 3 binds the first, 7 are left for 1 : 1 : 5 -> 1, 1, 5
-    assert scale_to_total(ints(2, 1, 1, 5), ints(3, 99, 99, 99), 10).tolist() == [3, 1, 1, 5]
+    # the cap of 3 binds the first (16 * 2 / 9 = 3.6), 13 are left for 1 : 1 : 5 -> 1.86, 1.86, 9.29 -> 2, 2, 9
+    assert scale_to_total(ints(2, 1, 1, 5), ints(3, 99, 99, 99), 16).tolist() == [3, 2, 2, 9]
     # everyone at the cap: less than the total
     assert scale_to_total(ints(1, 9), ints(4, 5), 100).tolist() == [4, 5]
     # nobody falls below 1, even when scaled down

@@ -22,8 +22,8 @@ def test_nothing_changes_where_epsilon_is_met() -> None:
 
 def test_two_workers_by_hand() -> None:
     # One label each, reference uniform. d = (90, 10), seconds (1, 9): equal times, so every change adds time.
-    # KL(w, 1 - w) = epsilon at the weight w of the fast worker that is the least change; the slow one then has 1 - w and
-    # the round is (1 - w) / 0.1 times as long. For epsilon = KL(0.7, 0.3) the slowdown is 3.
+    # KL(w, 1 - w) = epsilon at the weight w of the fast worker that is the least change; the slow one then has 1 - w
+    # and the round is (1 - w) / 0.1 times as long. For epsilon = KL(0.7, 0.3) the slowdown is 3.
     epsilon = kl_nats(np.array([0.7, 0.3]), UNIFORM2)
     tuned = finetune(np.array([90, 10]), np.array([999, 999]), np.array([1.0, 9.0]), np.eye(2), UNIFORM2, epsilon)
     assert tuned.is_met and tuned.kl_nats <= epsilon
@@ -32,8 +32,8 @@ def test_two_workers_by_hand() -> None:
 
 
 def test_no_time_is_added_where_none_is_needed() -> None:
-    # workers 0 and 1 are slow and hold label 0; worker 2 is fast, holds label 1 and has time to spare (few samples by a cap
-    # that is now lifted): its weight can grow until labels are even, and nobody gets slower
+    # Workers 0 and 1 are slow and hold label 0; worker 2 is fast, holds label 1 and has time to spare: its weight can
+    # grow until the labels are even, and the round gets no longer.
     tuned = finetune(
         np.array([10, 10, 5]),
         np.array([50, 50, 50]),
@@ -46,7 +46,7 @@ def test_no_time_is_added_where_none_is_needed() -> None:
 
 
 def test_caps_bind_and_the_best_possible_is_reported() -> None:
-    # label 1 is only with worker 1, who has 2 samples; D = 12: its weight is at most 1/6, KL at least that of (5/6, 1/6)
+    # Label 1 is only with worker 1, who has 2 samples; D = 12: its weight is at most 1/6, the KL at least as it is.
     tuned = finetune(np.array([10, 2]), np.array([50, 2]), np.ones(2), np.eye(2), UNIFORM2, 0.05)
     assert not tuned.is_met
     assert tuned.weights == pytest.approx([10 / 12, 2 / 12])
@@ -85,7 +85,8 @@ def test_against_a_grid_of_three_workers(seed: int) -> None:
     first, second = (axis.ravel() for axis in np.meshgrid(steps, steps))
     grid = np.stack([first, second, 1 - first - second], axis=1)
     grid = grid[(grid >= 1 / total - 1e-12).all(axis=1) & (grid <= caps / total + 1e-12).all(axis=1)]
-    grid_kl = np.array([kl_nats(phi, reference) for phi in grid @ distributions])
+    grid_phi = grid @ distributions
+    grid_kl = np.sum(grid_phi * np.log(grid_phi / reference), axis=1)
     grid_slowdown = (grid * seconds).max(axis=1) / (sizes * seconds / total).max()
 
     tuned = finetune(sizes, caps, seconds, distributions, reference, epsilon)
@@ -122,8 +123,8 @@ def test_tuning_and_filling_keep_every_bound(num_workers: int, seed: int) -> Non
 
 
 def test_filling_stops_where_caps_would_spoil_the_mixture() -> None:
-    # Worker 1 has 10 samples only. Even at D = 20; at D = 40 it would be 30 : 10, KL 0.131. Limit 0.05 allows a share of
-    # worker 1 of at least 0.345 (KL = 0.0487), so D up to 10 / 0.345 = 29. Totals tried from 20 to 40 in twelfths: 29 is.
+    # Worker 1 has 10 samples only. Even at D = 20; at D = 40 it would be 30 : 10, KL 0.131. A limit of 0.05 asks for a
+    # share of worker 1 of at least 0.345 (KL 0.0487), so D <= 10 / 0.345 = 29. Tried: 20 to 40 in steps of about 1.8.
     filled = fill_budget(UNIFORM2, np.array([100, 10]), 20, 40, 0.05, np.eye(2), UNIFORM2, np.ones(2))
     assert filled[1] == 10
     assert 26 <= filled.sum() <= 29
@@ -132,14 +133,13 @@ def test_filling_stops_where_caps_would_spoil_the_mixture() -> None:
 
 
 def test_transfers_undo_rounding() -> None:
-    # Six workers with weights .25 .25 .125 x 4 share 6 samples: one each. Labels: four hold label 0, two label 1: KL > 0
-    # whatever the weights say, and nobody can give. With 7 samples the extra one goes where the labels lack.
+    # Six workers, label 1 with two of them, label 0 with four. Six samples: one each, whatever the weights say.
     labels = np.array([1, 1, 0, 0, 0, 0])
     weights = np.array([0.25, 0.25, 0.125, 0.125, 0.125, 0.125])
     caps = np.full(6, 9)
     six = fill_budget(weights, caps, 6, 6, 0.0, np.eye(2)[labels], UNIFORM2, np.ones(6))
     assert six.tolist() == [1] * 6
-    # 9 samples with weights that favour label 0 and a limit that scaling misses: samples move to label 1 while KL falls
+    # Nine samples with weights that favour label 0: scaling misses the limit, samples move until labels are even.
     skewed = fill_budget(weights[::-1], caps, 9, 9, 0.01, np.eye(2)[labels], UNIFORM2, np.ones(6))
     assert skewed.sum() == 9 and (skewed >= 1).all()
     assert abs(skewed[:2].sum() - 4.5) <= 0.5

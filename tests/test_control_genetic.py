@@ -29,7 +29,7 @@ def random_problem(
     num_samples = np.where(generator.random(num_workers) < 0.1, 0, generator.integers(1, 300, num_workers))
     num_samples[0] = 50
     sizes = regulated_batch_sizes(100 ** generator.random(num_workers), num_samples, 64)
-    distributions = label_distributions(counts)
+    distributions = label_distributions(np.array(counts))
     budget = max(int(sizes.max()), int(sizes.sum() * generator.uniform(0.15, 1.1)))
     return SelectionProblem.of(
         sizes,
@@ -83,13 +83,21 @@ def test_an_impossible_choice_is_refused() -> None:
 
 
 def test_planted_optimum_is_found() -> None:
-    # 30 workers of label 0, and one each of labels 1, 2, 3; equal sizes: the only balanced set takes these three and any
-    # one of the thirty, and a greedy search or luck among 33 choose 4 would not do. Reference uniform.
+    # 30 workers of label 0 and one each of labels 1, 2, 3, of equal sizes, room for four: only these three with any one
+    # of the thirty are balanced, 30 sets of 40,920.
     labels = np.array([0] * 15 + [1, 2, 3] + [0] * 15)
     problem = SelectionProblem.of(np.full(33, 8), np.eye(4)[labels], np.full(4, 0.25), np.ones(33), 32)
     members = genetic(problem, GeneticSettings(), np.random.default_rng(0))
     assert sorted(labels[members]) == [0, 1, 2, 3]
     assert problem.cost(members) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_trap_for_greedy_is_escaped() -> None:
+    # Greedy takes worker 0 (KL 0.005) and then nobody fits; workers 1 and 2 together are balanced exactly.
+    distributions = np.array([[0.55, 0.45], [1.0, 0.0], [0.0, 1.0]])
+    problem = SelectionProblem.of(np.array([8, 6, 6]), distributions, np.full(2, 0.5), np.ones(3), 12)
+    assert greedy(problem).tolist() == [True, False, False]
+    assert genetic(problem, GeneticSettings(), np.random.default_rng(0)).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("weight_nats", [0.0, 0.02])

@@ -25,7 +25,7 @@ SETTINGS = ControlSettings(max_batch_size=64, ingress_budget_bytes=64_000, num_s
 def fleet_of(*workers: tuple[tuple[int, ...], float | None], reference: tuple[float, ...] | None = None) -> FleetView:
     """A fleet from (label counts, seconds per sample, half of it transfer)."""
     views = tuple(
-        WorkerView(f"w{i:02d}", sum(counts), counts, *(2 * [None if seconds is None else seconds / 2]))
+        WorkerView(f"w{i:02d}", sum(counts), counts, seconds and seconds / 2, seconds and seconds / 2)
         for i, (counts, seconds) in enumerate(workers)
     )
     return FleetView(views, SAMPLE_BYTES, reference)
@@ -63,7 +63,7 @@ def check(plan: RoundPlan, fleet: FleetView, settings_: ControlSettings) -> None
         np.mean(max(plan.predicted_seconds) - np.array(plan.predicted_seconds))
     )
     # fine-tuning and filling never make the labels worse than epsilon allows, or than the set was
-    assert plan.kl_after_nats <= max(settings_.kl_epsilon_nats, 1.01 * plan.kl_before_nats) + 0.05
+    assert plan.kl_after_nats <= max(settings_.kl_epsilon_nats, 1.01 * plan.kl_before_nats) + 1e-12
 
 
 def test_a_plan_by_hand() -> None:
@@ -79,7 +79,10 @@ def test_a_plan_by_hand() -> None:
     assert plan.predicted_idle_seconds == pytest.approx(0, abs=1e-12)
     assert (plan.num_steps, plan.num_exchanges) == (10, 10)
     assert (plan.ingress_bytes_per_step, plan.ingress_budget_bytes) == (2400, 2499)
-    assert (plan.kl_before_nats, plan.kl_after_nats) == (pytest.approx(0), pytest.approx(0))
+    assert [plan.kl_before_nats, plan.kl_after_nats] == pytest.approx([0, 0], abs=1e-12)
+    assert plan.batch_size_of("w01") == 8
+    with pytest.raises(KeyError, match="w02"):
+        plan.batch_size_of("w02")
     unfilled = plan_round(3, fleet, dataclasses.replace(settings_, fill_budget=False), np.random.default_rng(0))
     assert unfilled.batch_sizes == (8, 4)
     capped = plan_round(3, fleet, dataclasses.replace(settings_, allow_above_max=False), np.random.default_rng(0))
@@ -87,8 +90,8 @@ def test_a_plan_by_hand() -> None:
 
 
 def test_fine_tuning_evens_the_labels() -> None:
-    # One label each, speeds 1 : 3, D_max 30: d = 30 and 10, KL(3/4, 1/4) = 0.131 > 0.05. A share of 0.345 of the slow one
-    # meets 0.05; unlimited, that is 1.38 times the time. Both sides must be in: half the labels are with each.
+    # One label each, speeds 1 : 3, D_max 30: d = 30 and 10, KL(3/4, 1/4) = 0.131 > 0.05. A share of 0.345 of the slow
+    # one meets 0.05, in 1.38 times the time (0.345 / 0.25). Both must be in: half of the labels are with each.
     fleet = fleet_of(((500, 0), 0.1), ((0, 500), 0.3))
     settings_ = ControlSettings(
         max_batch_size=30, ingress_budget_bytes=400 * SAMPLE_BYTES, num_steps=1, num_exchanges=1
@@ -141,6 +144,18 @@ def test_eighty_workers_fill_the_budget_with_even_labels() -> None:
     uniform = plan_uniform(0, fleet, len(plan.worker_ids), 640 // len(plan.worker_ids), 10, 10, generator)
     assert plan.predicted_idle_seconds / max(plan.predicted_seconds) < 0.5
     assert uniform.predicted_idle_seconds / max(uniform.predicted_seconds) > 0.5  # what regulation is there for
+
+
+def test_where_rounding_undoes_the_tuning_the_sizes_of_eq_9_stay() -> None:
+    # Room for 4 samples of 3 workers: d = 1, 2, 1 by Eq. 9 has KL 0.0036; the weights tuned to 0.0020 round to 2, 1, 1
+    # with 0.0044, and no single transfer is better.
+    fleet = fleet_of(((0, 7, 5), 4.0), ((1, 6, 8), 5.0), ((3, 8, 7), 1.0), ((8, 4, 9), 2.0))
+    settings_ = ControlSettings(
+        max_batch_size=2, ingress_budget_bytes=4 * SAMPLE_BYTES, num_steps=1, num_exchanges=1, kl_epsilon_nats=0.002
+    )
+    plan = plan_round(0, fleet, settings_, np.random.default_rng(0))
+    assert (plan.worker_ids, plan.batch_sizes) == (("w00", "w02", "w03"), (1, 2, 1))
+    assert plan.kl_after_nats == pytest.approx(plan.kl_before_nats)
 
 
 def test_workers_without_samples_are_never_chosen_and_one_worker_is_enough() -> None:
@@ -206,7 +221,7 @@ def test_errors_name_what_is_wrong() -> None:
         plan_uniform(0, fleet, 0, 1, 1, 1, generator)
     for wrong in ({"max_batch_size": 0}, {"kl_epsilon_nats": -1.0}, {"max_participants": 0}, {"max_slowdown": 0.5}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            dataclasses.replace(SETTINGS, **wrong)  # type: ignore[arg-type]
+            dataclasses.replace(SETTINGS, **wrong)
 
 
 def test_uniform_plan_by_hand() -> None:
@@ -254,7 +269,7 @@ def test_control_imports_no_torch() -> None:
     code = (
         "import sys, pkgutil, importlib, mergesfl.control as c\n"
         "[importlib.import_module(f'mergesfl.control.{m.name}') for m in pkgutil.iter_modules(c.__path__)]\n"
-        "bad = {'torch', 'zmq', 'socket'} & set(sys.modules)\n"
+        "bad = {'torch', 'zmq', 'scipy'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

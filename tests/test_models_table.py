@@ -99,7 +99,8 @@ def check_large(net: nn.Module, sample_shape: tuple[int, ...]) -> None:
 
 
 def test_vgg_pools_by_hand() -> None:
-    # 144 -> 72 -> 36 -> 18 -> (18 + 2 - 2) / 2 + 1 = 10 -> 5.  32 -> 16 -> 8 -> 4 -> 3 -> 1.  8 -> 4 -> 2 -> 1 -> 1 -> 0.
+    # 144 -> 72 -> 36 -> 18 -> (18 + 2 - 2) / 2 + 1 = 10 -> 5
+    # 32 -> 16 -> 8 -> 4 -> 3 -> 1;  8 -> 4 -> 2 -> 1 -> 1 -> 0.
     assert [pooled_size(size) for size in (144, 32, 16, 8, 4)] == [5, 1, 1, 0, 0]
 
 

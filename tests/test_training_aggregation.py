@@ -44,7 +44,7 @@ def test_one_state_comes_back_to_the_bit(dtype: torch.dtype, weight: float) -> N
 
 
 def test_half_precision_is_accumulated_in_float32() -> None:
-    """4096 states of 1.0: a float16 sum of 2**-12 stops at 0.5, where half the spacing of float16 is 2**-12 (ties to even)."""
+    """4096 states of 1.0: a float16 sum of 2**-12 stops at 0.5, where its spacing is 2**-11 (ties go to even)."""
     states = [{"w": torch.ones(1, dtype=torch.float16)}] * 4096
     naive = torch.zeros(1, dtype=torch.float16)
     for state in states:

@@ -17,16 +17,17 @@ from mergesfl.protocol.codec import decode, encode
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import Features, Ping, Pong
 from mergesfl.transport import LinkSettings, MemoryHub, ServerEndpoint, WorkerEndpoint, bind, connect
+from mergesfl.transport.base import Frame
 
 PATIENCE_SECONDS = 20.0  # only a broken transport ever waits for so long
-SETTINGS = LinkSettings(linger_seconds=1.0, max_queued_messages=4, reconnect_seconds=0.02, max_reconnect_seconds=0.1)
+SETTINGS = LinkSettings(linger_seconds=1.0, max_queued_messages=8, reconnect_seconds=0.02, max_reconnect_seconds=0.1)
 
 
 class Net:
     """Makes endpoints of one transport and closes them all at the end."""
 
     def __init__(self, scheme: str, folder: Path) -> None:
-        self.hub = MemoryHub("test", max_queued_messages=4) if scheme == "memory" else None
+        self.hub = MemoryHub("test", max_queued_messages=8) if scheme == "memory" else None
         self.address = {"tcp": "tcp://127.0.0.1:*", "ipc": f"ipc://{folder}/ps", "memory": "memory://test"}[scheme]
         self.open: list[ServerEndpoint | WorkerEndpoint] = []
 
@@ -103,11 +104,11 @@ def test_messages_queue_in_order(net: Net) -> None:
 
 def test_any_bytes_like_frame(net: Net) -> None:
     server, worker, peer = net.pair()
-    frames = [
+    frames: list[Frame] = [
         b"bytes",
         bytearray(b"bytearray"),
         memoryview(b"view"),
-        memoryview(np.arange(3, dtype=np.float64)).cast("B"),
+        np.arange(3, dtype=np.float64).view(np.uint8).data,
     ]
     assert worker.send(frames)
     assert heard(server)[1] == [bytes(frame) for frame in frames]
@@ -215,7 +216,10 @@ def test_each_worker_is_its_own_peer(net: Net) -> None:
 
 
 def test_queues_are_bounded(net: Net) -> None:
-    """4 messages may wait at each end of a link (SETTINGS); the sockets' own buffers hold some of 1 MiB each besides."""
+    """8 messages may wait at each end of a link (SETTINGS), and the sockets' own buffers hold some of 1 MiB besides.
+
+    libzmq hears of what was read in lots of half the bound, so up to 4 that were read may still count.
+    """
     server, worker, peer = net.pair()
     big = bytes(1 << 20)
     num_up = 0
@@ -224,7 +228,7 @@ def test_queues_are_bounded(net: Net) -> None:
             break
     assert 4 <= num_up < 100
     num_down = 0
-    with pytest.raises(TransportError, match="does not read: 4 messages wait for it"):
+    with pytest.raises(TransportError, match="does not read: 8 messages wait for it"):
         for num_down in range(1000):  # noqa: B007
             server.send(peer, [big])
     assert 4 <= num_down < 100
@@ -270,7 +274,8 @@ def test_a_waiting_receiver_is_woken(net: Net) -> None:
     late.join()
     late = threading.Timer(0.1, lambda: server.send(peer, [b"late too"]))
     late.start()
-    assert worker.recv(float("inf")) == [b"late too"]
+    woken = worker.recv(float("inf"))
+    assert woken is not None and bytes(woken[0]) == b"late too"
     late.join()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ from workers.exchange import TimedExchange
 from workers.link import Link, RoundReleasedError, RunFinishedError, SessionLostError, StoppedError
 from workers.local_data import LocalData
 from workers.pace import Pace
+
+# Cutting a torchvision network patches torch.nn while it traces (mergesfl/training/tracing.py): one thread at a time.
+_BUILD_LOCK = threading.Lock()
 
 RETRY_SECONDS = 1.0  # between the end of a session and the next registration
 
@@ -75,7 +79,7 @@ class Daemon:
         self._seed = 0
 
     def run(self) -> None:
-        """Serves runs until asked to stop (or, with `once`, until the first goodbye). Raises RefusedError, ConfigError."""
+        """Serves runs until asked to stop (with `once`: until the first goodbye). Raises RefusedError, ConfigError."""
         while True:
             link = Link(self._connect(), self._clock, self._check)
             try:
@@ -154,7 +158,8 @@ class Daemon:
             )
         key = (welcome.model, welcome.cut, welcome.sample_shape, welcome.num_classes)
         if self._model is None or key != self._model_key:
-            self._model = build_model(welcome.model, welcome.cut, welcome.sample_shape, welcome.num_classes, 0)
+            with _BUILD_LOCK:
+                self._model = build_model(welcome.model, welcome.cut, welcome.sample_shape, welcome.num_classes, 0)
             self._model.to(self._device)
             self._model_key = key
         self._seed = welcome.seed

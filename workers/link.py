@@ -1,4 +1,4 @@
-"""A worker's session with the parameter server: sends, waits, and turns every way a session can end into an exception."""
+"""A worker's session with the parameter server: sends, waits, and raises for every way in which a session can end."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What the parameter server decides: batch sizes and participants. numpy only."""

@@ -96,7 +96,7 @@ def scale_to_total(batch_sizes: FloatArray | IntArray, caps: IntArray, total_sam
 def batch_caps(num_samples: IntArray, max_batch_size: int, allow_above_max: bool) -> IntArray:
     """(n,) the largest d_i allowed: the worker's own samples, and D_max unless it may be passed.
 
-    Whether scaling may take d_i past D_max is not published; by default (ControlSettings.allow_above_max) it may. [ours]
+    Whether scaling may take d_i past D_max is not published; it may unless ControlSettings says otherwise. [ours]
     """
     samples = np.asarray(num_samples, dtype=np.int64)
     return samples if allow_above_max else np.minimum(samples, max_batch_size)

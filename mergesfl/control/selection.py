@@ -133,6 +133,9 @@ def plan_round(
         facts.reference,
         facts.seconds_per_sample[chosen],
     )
+    kl = kl_nats(mixture(batch_sizes, facts.distributions[chosen]), facts.reference)
+    if kl > max(limit_nats, tuning.kl_before_nats):  # rounding so few samples did more harm than tuning did good
+        batch_sizes = sizes[chosen]
     return _plan(
         round_num,
         fleet,

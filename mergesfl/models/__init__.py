@@ -30,6 +30,7 @@ class ModelSpec:
     default_cut: str
     description: str
     sample_shape: str  # for people: what fits
+    example_shape: tuple[int, ...]  # of the data set that the paper trains it on
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -38,18 +39,24 @@ MODELS: dict[str, ModelSpec] = {
         "conv2",
         "3 conv + 2 FC: HAR, digits, Fashion-MNIST",
         "(channels, height, width), such as (1, 128, 9)",
+        (1, 128, 9),
     ),
     "m5": ModelSpec(
-        build_m5, "block3", "4 conv1d + FC: raw audio", "(channels, num_steps >= 6848), such as (1, 16000)"
+        build_m5, "block3", "4 conv1d + FC: raw audio", "(channels, num_steps >= 6848), such as (1, 16000)", (1, 16000)
     ),
     "alexnet": ModelSpec(
-        build_alexnet, "features", "5 conv + 3 FC: CIFAR-10", "(channels, height >= 8, width >= 8), such as (3, 32, 32)"
+        build_alexnet,
+        "features",
+        "5 conv + 3 FC: CIFAR-10",
+        "(channels, height >= 8, width >= 8), such as (3, 32, 32)",
+        (3, 32, 32),
     ),
     "vgg16": ModelSpec(
         build_vgg16,
         "features",
         "13 conv with batch-norm + 3 FC: IMAGE-100",
         "(channels, height >= 16, width >= 16), such as (3, 144, 144)",
+        (3, 144, 144),
     ),
 }
 _VISION_SHAPE = "(channels, height, width), large enough for this network, such as (3, 224, 224)"

@@ -1,0 +1,1 @@
+"""Messages, their wire form and the session table. No input or output."""

@@ -20,8 +20,10 @@ ATTEMPTS_PER_ROUND = 100
 
 
 def wire_round(round_num: int, attempt: int) -> int:
-    """The number that the messages of one attempt (1, 2, ...) at a round carry: a round that is repeated gets a new one,
-    so that late messages of the void attempt can be told from those of the new one."""
+    """The number that the messages of one attempt (1, 2, ...) at a round carry.
+
+    A round that is repeated gets a new one: late messages of the void attempt can be told from those of the new one.
+    """
     return round_num * ATTEMPTS_PER_ROUND + attempt - 1
 
 
@@ -154,5 +156,18 @@ class Goodbye:
 
 
 Message = (
-    Register | Welcome | Ready | Refuse | Assign | Features | Gradient | Update | Release | Ping | Pong | Reset | Leave | Goodbye
+    Register
+    | Welcome
+    | Ready
+    | Refuse
+    | Assign
+    | Features
+    | Gradient
+    | Update
+    | Release
+    | Ping
+    | Pong
+    | Reset
+    | Leave
+    | Goodbye
 )

@@ -1,0 +1,1 @@
+"""Clock, devices, journal, checkpoints, signals: what touches the machine."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 
 import zmq
 
@@ -30,11 +31,10 @@ class _Endpoint:
     """What both ends share: socket options, receiving, closing."""
 
     def __init__(self, socket_type: int, settings: LinkSettings, context: Context | None, limits: Limits) -> None:
-        self._owns_context = context is None
-        self._context: Context = zmq.Context() if context is None else context
+        own: Context | None = zmq.Context() if context is None else None
         self._limits = limits
         self._settings = settings
-        self._socket = self._context.socket(socket_type)
+        self._socket = (own or context or zmq.Context()).socket(socket_type)
         for option, value in {
             zmq.LINGER: _milliseconds(settings.linger_seconds),
             zmq.SNDHWM: settings.max_queued_messages,
@@ -47,12 +47,13 @@ class _Endpoint:
             zmq.RECONNECT_IVL_MAX: _milliseconds(settings.max_reconnect_seconds),
         }.items():
             self._socket.setsockopt(option, value)
+        # The finalizer holds socket and context: an endpoint that nobody closed is closed in this order when it is
+        # collected or the process ends. Left to pyzmq, a context that is collected before its socket waits for ever.
+        self._shut = weakref.finalize(self, _shut, self._socket, own)
 
     def close(self) -> None:
         """Closes the socket, and the context if it is our own; returns after the linger time at the latest."""
-        self._socket.close(linger=_milliseconds(self._settings.linger_seconds))
-        if self._owns_context:
-            self._context.term()
+        self._shut()
 
     def _receive(self, timeout_seconds: float) -> list[memoryview] | None:
         """All frames of the next message, none of it copied; each view keeps its frame alive.
@@ -119,6 +120,7 @@ class ZmqServer(_Endpoint):
         """
         _check_frames(frames)
         try:
+            self._socket.poll(0)  # makes libzmq look at what has happened: who has gone, who has read
             # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
             self._socket.send(peer, zmq.SNDMORE | zmq.DONTWAIT)
             for index, frame in enumerate(frames, start=1):
@@ -173,6 +175,10 @@ class ZmqWorker(_Endpoint):
         _check_frames(frames)
         sent = True
         try:
+            if (
+                not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT
+            ):  # this also makes libzmq look at what has happened
+                return False
             for index, frame in enumerate(frames, start=1):
                 queued = _try_frame(self._socket, frame, more=index < len(frames))
                 if index == 1 and not queued:
@@ -192,6 +198,12 @@ class ZmqWorker(_Endpoint):
             TransportError: this endpoint is closed.
         """
         return self._receive(timeout_seconds)
+
+
+def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
+    socket.close()
+    if own_context is not None:
+        own_context.term()
 
 
 def _send_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> None:
