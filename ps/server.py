@@ -152,8 +152,8 @@ class Server:
                     return
                 raise QuorumError(
                     f"{num_here} of {cluster.num_workers} workers registered within "
-                    f"{cluster.start_deadline_seconds:g} s (cluster.start_deadline_seconds), {quorum} are needed: start the others with "
-                    "`mergesfl worker --connect`, or lower cluster.num_workers"
+                    f"{cluster.start_deadline_seconds:g} s (cluster.start_deadline_seconds), {quorum} are needed: "
+                    "start the others with `mergesfl worker --connect`, or lower cluster.num_workers"
                 )
             self._switchboard.receive(remaining_seconds)
         self._progress.waiting(num_here, cluster.num_workers)

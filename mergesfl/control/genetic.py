@@ -40,7 +40,7 @@ class GeneticSettings:
     """
 
     population: int = 32
-    generations: int = 40
+    generations: int = 28
     patience: int = 6
     mutation_draws: int = 16
     nobody_rate: float = 0.25

@@ -175,9 +175,7 @@ class ZmqWorker(_Endpoint):
         _check_frames(frames)
         sent = True
         try:
-            if (
-                not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT
-            ):  # this also makes libzmq look at what has happened
+            if not self._socket.poll(0, zmq.POLLOUT):  # also makes libzmq look at what has happened
                 return False
             for index, frame in enumerate(frames, start=1):
                 queued = _try_frame(self._socket, frame, more=index < len(frames))

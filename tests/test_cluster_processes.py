@@ -1,0 +1,231 @@
+"""Whole clusters of real processes over real sockets: equal to the bit, and hard to kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from rich.console import Console
+
+from mergesfl.cluster import run_cluster
+from mergesfl.config import load_config
+from mergesfl.protocol.codec import encode
+from mergesfl.protocol.messages import Features, Leave, Ping, Ready, Register, Update
+from mergesfl.runtime.checkpoint import load_checkpoint
+from mergesfl.runtime.process import StopFlag
+from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_group, run, start, wait_until
+
+MEASURED = {"observed_seconds", "idle_seconds", "planning_seconds", "round_seconds", "evaluation_seconds"}
+
+
+def play(tmp_path: Path, name: str, *settings: str) -> Path:
+    """One small run in this process, with its workers wherever the transport puts them; returns its folder."""
+    every = [*SMALL, *declared(3), f"name={name}", f"output.folder={tmp_path}", "training.num_rounds=3", *settings]
+    run_cluster(load_config(None, every), False, False, Console(quiet=True), StopFlag())
+    return tmp_path / name
+
+
+def same_parameters(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same parameters, to the bit."""
+    a, b = (load_checkpoint(folder / "checkpoints") for folder in (one, other))
+    assert a.round_num == b.round_num
+    assert a.tensors.keys() == b.tensors.keys()
+    return all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Path:
+    return play(tmp_path, "memory", "cluster.transport=memory")
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_processes_give_the_same_parameters_as_memory_to_the_bit(
+    tmp_path: Path, undisturbed: Path, transport: str
+) -> None:
+    other = play(tmp_path, transport, f"cluster.transport={transport}")
+    assert same_parameters(undisturbed, other)
+    # A planted difference is seen: another seed gives other parameters.
+    seeded = play(tmp_path, "seeded", "cluster.transport=memory", "seed=1")
+    assert not same_parameters(undisturbed, seeded)
+    for one, two in zip(journal(undisturbed), journal(other), strict=True):
+        # Pings and pongs come as time goes by, so bytes may differ by a few of them; all decisions are equal.
+        loose = {"ingress_bytes", "egress_bytes"} | (MEASURED - {"observed_seconds", "idle_seconds"})
+        assert {k: v for k, v in one.items() if k not in loose} == {k: v for k, v in two.items() if k not in loose}
+
+
+def test_ten_thousand_mutated_messages_do_not_disturb_a_live_server(tmp_path: Path) -> None:
+    """Peers without samples may register, so they are never chosen; whatever they say then, the run is the same."""
+    rounds = "training.num_rounds=60"
+    reference = play(tmp_path, "undisturbed", "cluster.transport=memory", rounds)
+    folder = tmp_path / "attacked"
+    rounds_before_and_after: list[int] = []
+
+    def attack() -> None:
+        wait_until(lambda: len(journal(folder)) >= 1, "the first round")
+        rounds_before_and_after.append(len(journal(folder)))
+        send_mutations(json.loads((folder / "cluster.json").read_text())["address"], 10_000)
+        rounds_before_and_after.append(len(journal(folder)))
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    play(tmp_path, "attacked", "cluster.transport=tcp", rounds)
+    attacker.join()
+    before, after = rounds_before_and_after
+    assert before < after  # it trained while it was attacked
+    assert same_parameters(reference, folder)
+    assert all(not line["dropped"] for line in journal(folder))
+
+
+def send_mutations(address: str, number: int) -> None:
+    """Sends this many damaged messages from twenty peers, half of which have registered properly before."""
+    rng = np.random.default_rng(0)
+    seeds = [
+        encode(Register("mallory", 1, "cpu", {"mergesfl": "0"}, 0, (), (1, 8, 8))),
+        encode(Ready((32, 2, 2), 512)),
+        encode(Features(0, 0, np.zeros((2, 32, 2, 2), np.float32), np.zeros(2, np.int64))),
+        encode(Update(0, 3, 0.1, 0.1, {"w": np.zeros(3, np.float32)}, {})),
+        encode(Ping()),
+        encode(Leave("x")),
+    ]
+    context = zmq.Context()
+    sockets = []
+    for index in range(20):
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 5000)
+        socket.connect(address)
+        if index % 2:
+            mine = Register(f"mallory-{index}", 1, "cpu", {}, 0, (), (1, 8, 8))
+            socket.send_multipart([bytes(frame) for frame in encode(mine)])
+        sockets.append(socket)
+    for count in range(number):
+        frames = [bytearray(frame) for frame in seeds[int(rng.integers(len(seeds)))]]
+        for _ in range(int(rng.integers(1, 6))):
+            victim = frames[int(rng.integers(len(frames)))]
+            if victim:
+                victim[int(rng.integers(len(victim)))] ^= 1 << int(rng.integers(8))
+        if rng.random() < 0.2:
+            frames.append(bytearray(rng.bytes(20)))
+        if rng.random() < 0.1 and len(frames) > 1:
+            frames.pop()
+        sockets[count % 20].send_multipart([bytes(frame) for frame in frames])
+    for socket in sockets:
+        socket.close()
+    context.term()
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        kill_group(process)
+
+
+def test_two_killed_workers_do_not_stop_the_run_and_one_joins_again(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    folder = tmp_path / "killed"
+    settings = [
+        *SMALL,
+        *(f"{key}" for key in ("name=killed", f"output.folder={tmp_path}", "data.partition=iid")),
+        *("cluster.num_workers=5", "training.num_rounds=400", "training.local_steps=10"),
+    ]
+    cluster = start("run", settings=settings, log=tmp_path / "log")
+    processes.append(cluster)
+    wait_until(lambda: len(journal(folder)) >= 3, "three rounds")
+    place = json.loads((folder / "cluster.json").read_text())
+    for name in ("worker-01", "worker-03"):
+        os.kill(place["worker_pids"][name], signal.SIGKILL)
+    before = len(journal(folder))
+    wait_until(lambda: len(journal(folder)) >= before + 5, "five rounds without the two")
+    after_kill = journal(folder)[-1]
+    assert set(after_kill["worker_ids"]) == {"worker-00", "worker-02", "worker-04"}
+    words = ["--connect", place["address"], "--id", "worker-01", "--partition", str(folder / "partition.npz")]
+    processes.append(start("worker", *words, "--index", "1", "--once", "--threads", "1", log=tmp_path / "again"))
+    wait_until(lambda: "worker-01" in journal(folder)[-1]["finished_worker_ids"], "the restarted worker in a round")
+    assert cluster.poll() is None
+    os.kill(cluster.pid, signal.SIGTERM)
+    assert cluster.wait(60) == 130
+    assert processes[1].wait(60) == 0  # --once: the goodbye ends it
+    assert not any(is_alive(pid) for pid in place["worker_pids"].values())
+
+
+def test_workers_outlive_a_killed_server_and_the_resumed_run_ends_as_if_nothing_had_happened(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    num_rounds = 12
+    reference = play(tmp_path, "reference", "cluster.transport=memory", f"training.num_rounds={num_rounds}")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    every = [*SMALL, *declared(3), "name=server", f"output.folder={tmp_path}", f"training.num_rounds={num_rounds}"]
+    workers = []
+    for index in range(3):
+        words = ["--connect", address, "--id", f"worker-{index:02d}", "--index", str(index), "--threads", "1"]
+        words += ["--partition", str(reference / "partition.npz"), "--device", "cpu"]
+        words += ["--declared-compute-seconds-per-sample", str(round(0.001 * (index + 1), 6))]
+        words += ["--declared-transfer-seconds-per-sample", "0.0005"]
+        workers.append(start("worker", *words, log=tmp_path / f"worker-{index}.log"))
+    processes += workers
+    first = start("ps", "--bind", address, settings=every, log=tmp_path / "first.log")
+    processes.append(first)
+    wait_until(lambda: len(journal(tmp_path / "server")) >= 2, "two rounds")
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait(10)
+    done = len(journal(tmp_path / "server"))
+    assert done < num_rounds, "the server was killed too late to show anything"
+    second = start("ps", "--bind", address, "--resume", settings=every, log=tmp_path / "second.log")
+    processes.append(second)
+    assert second.wait(120) == 0, (tmp_path / "second.log").read_text()
+    assert len(journal(tmp_path / "server")) == num_rounds
+    assert same_parameters(reference, tmp_path / "server")
+    assert all(worker.poll() is None for worker in workers)  # the same processes, waiting for the next run
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert [worker.wait(20) for worker in workers] == [0, 0, 0]
+
+
+def test_ctrl_c_ends_everything_and_resume_finishes_the_run(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    every = [*SMALL, *declared(3), "name=run", f"output.folder={tmp_path}", "training.num_rounds=300"]
+    cluster = start("run", settings=every, log=tmp_path / "log")
+    processes.append(cluster)
+    wait_until(lambda: len(journal(tmp_path / "run")) >= 2, "two rounds")
+    pids = json.loads((tmp_path / "run" / "cluster.json").read_text())["worker_pids"].values()
+    os.killpg(cluster.pid, signal.SIGINT)  # as a terminal does
+    assert cluster.wait(60) == 130
+    assert "--resume" in (tmp_path / "log").read_text()
+    assert not any(is_alive(pid) for pid in pids)
+    done = len(journal(tmp_path / "run"))
+    assert load_checkpoint(tmp_path / "run" / "checkpoints").round_num == done
+    resumed = run("run", "--resume", settings=[*every, f"training.num_rounds={done + 2}"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["round_num"] for line in journal(tmp_path / "run")] == list(range(done + 2))
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    every = [*SMALL, *declared(3), "name=run", f"output.folder={tmp_path}", "training.num_rounds=300"]
+    cluster = start("run", settings=every, log=tmp_path / "log")
+    processes.append(cluster)
+    wait_until(lambda: len(journal(tmp_path / "run")) >= 1, "one round")
+    pids = json.loads((tmp_path / "run" / "cluster.json").read_text())["worker_pids"].values()
+    os.kill(cluster.pid, signal.SIGKILL)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "the end of the workers", 30)
+
+
+def test_workers_that_cannot_start_are_reported_with_their_last_words(tmp_path: Path) -> None:
+    settings = [*SMALL, *declared(2), "name=run", f"output.folder={tmp_path}", "cluster.worker_device=cuda:7"]
+    ended = run("run", settings=settings)
+    assert ended.returncode == 3
+    assert "all 2 worker processes have ended; worker-00 said: error:" in ended.stderr
+    assert "cuda" in ended.stderr
