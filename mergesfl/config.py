@@ -6,6 +6,7 @@ with the nearest legal name. Names of methods, models, data sets and partitions 
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,21 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover  (JetPack 6 ships Python 3.10)
     import tomli as tomllib
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1, strict=True)]
+Slowdown = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
+VoidRounds = Annotated[int, Field(ge=1, le=100, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversion of text to numbers."""
+    """What all sections share: frozen, no unknown keys.
+
+    Numbers and switches are strict (in their types above): text or a switch is never taken for a number. The sections
+    are not, because JSON and TOML have no paths and no tuples.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
 
@@ -36,7 +45,7 @@ class DataConfig(Section):
     """What is learnt, and how it lies on the workers."""
 
     dataset: str = "digits"  # a name of `mergesfl datasets`, or name:path
-    download: bool = False
+    download: Switch = False
     image_size_pixels: PositiveInt = 144  # of the data set 'folder'
     partition: str = "dirichlet(0.1)"  # iid, dirichlet(a), level(p), dominant(r), shards(k), quantity(b), groups
     partition_file: Path | None = None  # a partition saved by an earlier run, instead of drawing one
@@ -53,8 +62,8 @@ class MethodConfig(Section):
     """The method; the two switches belong to mergesfl."""
 
     name: str = "mergesfl"
-    merging: bool = True  # one top step on the merged features; off: one top per worker
-    regulation: bool = True  # Algorithm 1; off: random selection, same batch
+    merging: Switch = True  # one top step on the merged features; off: one top per worker
+    regulation: Switch = True  # Algorithm 1; off: random selection, same batch
 
 
 class TrainingConfig(Section):
@@ -64,7 +73,7 @@ class TrainingConfig(Section):
     local_steps: PositiveInt = 10  # tau
     batch_size: PositiveInt = 32  # D_max of Eq. 9, and the same batch of the unregulated methods
     learning_rate: PositiveFloat = 0.1  # [code]
-    learning_rate_decay: Annotated[float, Field(gt=0, le=1)] = 0.993  # per round [code]
+    learning_rate_decay: PositiveFraction = 0.993  # per round [code]
     learning_rate_min: PositiveFloat = 0.005  # [code]
     bottom_learning_rate: Literal["equal", "proportional"] = "equal"  # proportional: eta * d_i / mean d
     evaluate_every_rounds: PositiveInt = 1
@@ -78,8 +87,8 @@ class ControlConfig(Section):
     ingress_budget_bytes: PositiveInt | None = None  # B per step; None: participants * batch_size * feature bytes
     kl_epsilon_nats: PositiveFloat = 0.05
     estimate_memory: Fraction = 0.8  # alpha of Eq. 5 and 6
-    fill_budget: bool = True
-    allow_above_max: bool = True  # filling the budget may take d_i above D_max
+    fill_budget: Switch = True
+    allow_above_max: Switch = True  # filling the budget may take d_i above D_max
 
 
 class ClusterConfig(Section):
@@ -93,9 +102,9 @@ class ClusterConfig(Section):
     worker_threads: PositiveInt | None = None
     start_deadline_seconds: PositiveFloat = 120.0  # for num_workers to register; then a quorum is enough
     step_deadline_seconds: PositiveFloat = 60.0  # a worker that answers later is dropped from the round
-    quorum_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # of a plan; fewer answers void the round
-    max_void_rounds: Annotated[int, Field(ge=1, le=100)] = 5  # in a row; then the run stops with a QuorumError
-    slowdowns: tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...] = ()  # worker i computes x times slower
+    quorum_fraction: PositiveFraction = 0.5  # of a plan; fewer answers void the round
+    max_void_rounds: VoidRounds = 5  # in a row; then the run stops with a QuorumError
+    slowdowns: tuple[Slowdown, ...] = ()  # worker i computes x times slower
     declared_compute_seconds_per_sample: tuple[PositiveFloat, ...] = ()  # instead of measured ones, worker by worker
     declared_transfer_seconds_per_sample: tuple[PositiveFloat, ...] = ()
 
@@ -105,16 +114,16 @@ class OutputConfig(Section):
 
     folder: Path = Path("runs")
     checkpoint_every_rounds: PositiveInt = 5
-    tensorboard: bool = True
-    plots: bool = True
-    export: bool = True
+    tensorboard: Switch = True
+    plots: Switch = True
+    export: Switch = True
 
 
 class RunConfig(Section):
     """One run."""
 
     name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")] = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
@@ -162,11 +171,12 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Ru
 
 
 def _parse_value(text: str) -> Any:
-    """The value of `--set key=value`: TOML where it parses, else plain text."""
+    """The value of `--set key=value`: TOML where it parses, else plain text; a date is text, no key takes one."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return None if text in ("none", "None", "null") else text
+    return text if isinstance(value, (datetime.date, datetime.time)) else value
 
 
 def apply_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -208,7 +218,7 @@ def load_config(path: Path | None, settings: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(
                 f"cannot read the configuration {path}: {error.strerror}; give the path of a .toml file"
             ) from None
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # of the parsers, of UTF-8, of numbers with 5,000 digits
             raise ConfigError(f"{path} is not valid {path.suffix or 'TOML'}: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a table of sections, got {type(values).__name__}")

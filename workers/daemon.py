@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import threading
 from collections.abc import Callable, Iterator
@@ -192,7 +193,7 @@ class Daemon:
                 compute_seconds=exchange.compute_seconds,
                 transfer_seconds=exchange.transfer_seconds,
                 state=state_to_arrays(result.state),
-                metrics=result.metrics,
+                metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
             )
         )
         self._log.info(

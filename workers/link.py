@@ -58,12 +58,16 @@ class Link:
         self._endpoint.close()
 
     def send(self, message: Message) -> None:
-        """Sends, and waits for a connection as long as there is none. Raises StoppedError, LocalProtocolError."""
+        """Sends, and waits for a connection as long as there is none. Raises LocalProtocolError, and like `receive`.
+
+        It listens meanwhile: what the server said before it went away (Release, Goodbye) must not be missed.
+        """
         self._session.send(message)
         frames = encode(message)
         while not self._endpoint.send(frames):
-            self._check()
-            self._clock.sleep(POLL_SECONDS / 2)
+            unasked = self._next()
+            if unasked is not None:
+                raise SessionLostError(f"got {type(unasked).__name__} where nothing was asked")
 
     def leave(self, reason: str) -> None:
         """Says that this worker goes, if there is a session and a connection to say it on."""
@@ -78,21 +82,24 @@ class Link:
         Raises SessionLostError, RunFinishedError, RefusedError, RoundReleasedError, StoppedError.
         """
         while True:
-            self._check()
-            frames = self._endpoint.recv(POLL_SECONDS)
-            if frames is None:
-                self._ping()
-                continue
-            try:
-                message = decode(frames)
-                arrival = self._session.receive(message)
-            except RemoteProtocolError as error:
-                raise SessionLostError(f"the server broke the protocol: {error}") from error
-            if arrival is Arrival.FRESH and not isinstance(message, Pong):
-                return self._sift(message)
+            message = self._next()
+            if message is not None:
+                return message
+            self._ping()
 
-    def _sift(self, message: Message) -> Message:
-        """Raises for the messages that end a session or a round."""
+    def _next(self) -> Message | None:
+        """The next message that means something; None after a poll without one. Raises like `receive`."""
+        self._check()
+        frames = self._endpoint.recv(POLL_SECONDS)
+        if frames is None:
+            return None
+        try:
+            message = decode(frames)
+            arrival = self._session.receive(message)
+        except RemoteProtocolError as error:
+            raise SessionLostError(f"the server broke the protocol: {error}") from error
+        if arrival is Arrival.STALE or isinstance(message, Pong):
+            return None
         if isinstance(message, Reset):
             raise SessionLostError(message.reason)
         if isinstance(message, Goodbye):

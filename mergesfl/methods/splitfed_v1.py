@@ -33,6 +33,14 @@ from mergesfl.training.schedule import make_sgd
 from mergesfl.training.split import SplitModel
 
 
+def seed_of_turn(seed: int, worker_id: str, num_workers: int) -> int:
+    """Seed of the top's dropout masks for one worker's features: unrelated between workers [ours].
+
+    A lone worker gets the seed of the step itself, so that one worker with all data equals central training.
+    """
+    return seed_for(seed, worker_id) if num_workers > 1 else seed
+
+
 class TopPerWorker:
     """One copy of the top per worker, averaged at the end of the round."""
 
@@ -51,7 +59,7 @@ class TopPerWorker:
         gradients, loss_sum_nats, num_samples = [], 0.0, 0
         for one in arrived:
             top = self._tops[one.worker_id]
-            seed_dropout(top, seed_for(seed, one.worker_id))
+            seed_dropout(top, seed_of_turn(seed, one.worker_id, len(arrived)))
             result = single_step(top, self._optimizers[one.worker_id], one.features, one.labels)
             gradients.append(result.gradient)
             loss_sum_nats += result.loss_nats * len(one.labels)

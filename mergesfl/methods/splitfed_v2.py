@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mergesfl.methods.base import Method, MethodSettings, StepFeatures
 from mergesfl.methods.split_program import work
-from mergesfl.methods.splitfed_v1 import UniformSplitProgram
-from mergesfl.seeding import generator_for, seed_for
+from mergesfl.methods.splitfed_v1 import UniformSplitProgram, seed_of_turn
+from mergesfl.seeding import generator_for
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.merging import single_step
 from mergesfl.training.schedule import make_sgd
@@ -45,7 +45,7 @@ class SequentialTop:
         loss_sum_nats = 0.0
         for i in generator_for(seed, "order").permutation(len(arrived)):
             one = arrived[int(i)]
-            seed_dropout(self._top, seed_for(seed, one.worker_id))
+            seed_dropout(self._top, seed_of_turn(seed, one.worker_id, len(arrived)))
             result = single_step(self._top, self._optimizer, one.features, one.labels)
             gradients[int(i)] = result.gradient
             loss_sum_nats += result.loss_nats * len(one.labels)

@@ -18,8 +18,9 @@ class LinkSettings:
         heartbeat_interval_seconds: a peer is asked this often.
         heartbeat_timeout_seconds: a peer that completes no frame for so long after a question is dropped. libzmq counts
             whole frames only, and its answer waits behind the frame being sent: this must exceed the time that the
-            LARGEST TENSOR needs on the slowest link. 30 s are 3.7 MB at 1 Mb/s. A killed process is noticed at once
-            (its kernel closes the connection); this bound is for frozen and unplugged ones.
+            LARGEST TENSOR needs on the slowest link. 300 s are 37 MB at 1 Mb/s. A killed process is noticed at once
+            (its kernel closes the connection), and within a round the step deadline is what counts; this bound is for
+            machines that were frozen or unplugged while nobody waited for them.
         reconnect_seconds: first pause before connecting again; doubled up to max_reconnect_seconds.
         max_reconnect_seconds: longest pause between two attempts.
     """
@@ -27,7 +28,7 @@ class LinkSettings:
     linger_seconds: float = 2.0
     max_queued_messages: int = 64
     heartbeat_interval_seconds: float = 5.0
-    heartbeat_timeout_seconds: float = 30.0
+    heartbeat_timeout_seconds: float = 300.0
     reconnect_seconds: float = 0.1
     max_reconnect_seconds: float = 2.0
 
