@@ -58,11 +58,13 @@ def partition(
     """Draw a partition without running anything: for workers that are started one by one."""
 
     def command() -> None:
-        from mergesfl.cluster import share_out
+        from mergesfl.cluster import draw_partition, leave_partition
 
         values = load_config(config, settings or [])
+        dataset = _dataset_of(values)
+        drawn = draw_partition(values, dataset)
         out.mkdir(parents=True, exist_ok=True)
-        drawn = share_out(values, _dataset_of(values), out)
+        leave_partition(drawn, dataset, out, values.output.plots)
         sizes = [len(share) for share in drawn.assignments]
         Console().print(
             f"{drawn.text}: {len(sizes)} shares of {min(sizes)} to {max(sizes)} samples in {out}", highlight=False

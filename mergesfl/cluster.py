@@ -32,7 +32,7 @@ from mergesfl.transport import bind
 from mergesfl.transport.memory import MemoryHub
 from ps.plots import plot_partition
 from ps.progress import Progress
-from ps.recorder import prepare_folder
+from ps.recorder import check_folder, prepare_folder
 from ps.run import Scene, serve, set_scene, train_centrally
 from ps.switchboard import InterruptedRunError
 from workers.__main__ import make_pace
@@ -57,7 +57,7 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     """
     if config.method.name != CENTRAL:
         _check_paces(config)
-    folder = prepare_folder(config, resume, overwrite)
+    check_folder(config, resume, overwrite)
     progress = Progress(console)
     partition_text = "none" if config.method.name == CENTRAL else config.data.partition
     cores = usable_cores()
@@ -66,14 +66,18 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
 
     def check() -> None:
         if stop.is_set():
-            raise InterruptedRunError(f"stopped on request; go on with --resume (what is done is in {folder})")
+            raise InterruptedRunError(
+                f"stopped on request; go on with --resume (what is done is in {config.run_folder})"
+            )
 
     try:
-        scene = set_scene(config, folder, partition_text, WallClock(), progress)
-        if config.method.name == CENTRAL:
+        scene = set_scene(config, partition_text, WallClock(), progress)
+        partition = None if config.method.name == CENTRAL else draw_partition(config, scene.dataset)
+        folder = prepare_folder(config, resume)
+        if partition is None:
             summary = train_centrally(scene, resume, check)
         else:
-            partition = share_out(config, scene.dataset, folder)
+            leave_partition(partition, scene.dataset, folder, config.output.plots)
             threads = config.cluster.worker_threads or worker_threads
             if config.cluster.transport == "memory":
                 summary = _run_threads(scene, partition, resume, check)
@@ -85,33 +89,36 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     return summary
 
 
-def share_out(config: RunConfig, dataset: Dataset, folder: Path) -> Partition:
-    """Draws the partition (or loads a saved one), and leaves it in the folder with its statistics and its picture.
+def draw_partition(config: RunConfig, dataset: Dataset) -> Partition:
+    """Draws the partition of the configuration, or loads a saved one.
 
-    Raises ConfigError when a saved partition does not fit the data set or the number of workers.
+    Raises ConfigError, or DataError when a saved partition does not fit the data set or the number of workers.
     """
     labels, num_workers = dataset.train.y, config.cluster.num_workers
-    if config.data.partition_file is not None:
-        partition = load_partition(config.data.partition_file)
-        partition.check_labels(labels)
-        if partition.num_workers != num_workers:
-            raise ConfigError(
-                f"{config.data.partition_file} is for {partition.num_workers} workers, this run has {num_workers}: "
-                "set cluster.num_workers, or draw a new one"
-            )
-    else:
+    if config.data.partition_file is None:
         generator = generator_for(config.seed, "partition")
         partitioner = parse_partition(config.data.partition)
-        partition = partitioner.split(labels, num_workers, generator, dataset.train.groups, config.seed)
-    path = folder / "partition.npz"
-    statistics = save_partition(path, partition, labels, dataset.num_classes)
-    if config.output.plots:
+        return partitioner.split(labels, num_workers, generator, dataset.train.groups, config.seed)
+    partition = load_partition(config.data.partition_file)
+    partition.check_labels(labels)
+    if partition.num_workers != num_workers:
+        raise ConfigError(
+            f"{config.data.partition_file} is for {partition.num_workers} workers, this run has {num_workers}: "
+            "set cluster.num_workers, or draw a new one"
+        )
+    return partition
+
+
+def leave_partition(partition: Partition, dataset: Dataset, folder: Path, with_picture: bool) -> None:
+    """Leaves partition.npz, its statistics (.json) and its picture (.png) in the folder."""
+    labels = dataset.train.y
+    statistics = save_partition(folder / "partition.npz", partition, labels, dataset.num_classes)
+    if with_picture:
         counts = np.stack(
             [np.bincount(labels[share], minlength=dataset.num_classes) for share in partition.assignments]
         )
         title = f"{dataset.name}, {partition.text}"
         plot_partition(folder / "partition.png", counts, dataset.class_names, title, statistics.mean_kl_nats)
-    return partition
 
 
 def _check_paces(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from mergesfl.runtime.files import write_atomic
 from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
 from mergesfl.transport import bind as bind_to
 from ps.progress import Progress
-from ps.recorder import prepare_folder
+from ps.recorder import check_folder, prepare_folder
 from ps.run import serve, set_scene
 from ps.switchboard import InterruptedRunError
 
@@ -39,12 +39,13 @@ def serve_config(config: RunConfig, address: str, resume: bool, overwrite: bool,
             )
 
     set_threads(config.cluster.ps_threads)
-    folder = prepare_folder(config, resume, overwrite)
+    check_folder(config, resume, overwrite)
     progress = Progress(console)
     try:
         partition = str(config.data.partition_file) if config.data.partition_file else LOCAL_PARTITION
-        scene = set_scene(config, folder, partition, WallClock(), progress)
+        scene = set_scene(config, partition, WallClock(), progress)
         endpoint = bind_to(address)
+        folder = prepare_folder(config, resume)
         write_atomic(folder / "cluster.json", json.dumps({"address": endpoint.address}, indent=2).encode())
         console.print(f"parameter server listens on {endpoint.address}", highlight=False)
         summary = serve(scene, endpoint, resume, check)

@@ -22,6 +22,9 @@ from ps.fleet import Fleet, Member
 from ps.switchboard import Switchboard
 
 PROBE_SECONDS = 1.0  # a killed worker is noticed within this time, long before the step deadline
+# After a while at most this much later than it was waited for already. A worker that computes reads no probes, and its
+# queue holds 64 (mergesfl.transport.settings): one per second would take a worker for dead that computes for a minute.
+PROBE_GROWTH = 0.2
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,15 @@ class RoundExchange:
         """Receives until all active workers have answered or the deadline has passed; drops those who have not."""
         arrivals: dict[str, Arrival] = {}
         now_seconds = self._clock.now_seconds()
-        end_seconds, probe_seconds = now_seconds + deadline_seconds, now_seconds + PROBE_SECONDS
+        begin_seconds, end_seconds = now_seconds, now_seconds + deadline_seconds
+        probe_seconds = now_seconds + PROBE_SECONDS
         while len(arrivals) < len(self._active):
             now_seconds = self._clock.now_seconds()
             if now_seconds >= end_seconds:
                 break
             if now_seconds >= probe_seconds:
                 self._switchboard.probe(self._active[name] for name in self._active if name not in arrivals)
-                probe_seconds = now_seconds + PROBE_SECONDS
+                probe_seconds = now_seconds + max(PROBE_SECONDS, PROBE_GROWTH * (now_seconds - begin_seconds))
             got = self._switchboard.receive(end_seconds - now_seconds)
             if got is not None:
                 member, message = got

@@ -39,27 +39,35 @@ RESUMABLE_CHANGES = {
 log = logging.getLogger("ps")
 
 
-def prepare_folder(config: RunConfig, resume: bool, overwrite: bool) -> Path:
-    """Makes the run's folder and writes its configuration there.
+def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Whether the run may use its folder; changes nothing.
 
     Raises ConfigError when it already holds a run (say `--resume` or `--overwrite`), CheckpointError when there is
     nothing to resume or the configuration differs in what is computed.
     """
     folder = config.run_folder
-    saved = folder / "config.json"
+    saved, journal = folder / "config.json", folder / "journal.jsonl"
     if resume:
         if not saved.exists():
             raise CheckpointError(f"nothing to resume in {folder}: expected config.json there; start without --resume")
         _check_same(json.loads(saved.read_text(encoding="utf-8")), config_values(config), folder)
-    elif saved.exists():
-        if not overwrite:
-            raise ConfigError(
-                f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, "
-                "or choose another name with --set name=NAME"
-            )
+    elif journal.exists() and journal.stat().st_size and not overwrite:
+        raise ConfigError(
+            f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, "
+            "or choose another name with --set name=NAME"
+        )
+
+
+def prepare_folder(config: RunConfig, resume: bool) -> Path:
+    """Makes the run's folder and writes its configuration there; what an earlier run left goes, unless it is resumed.
+
+    Called when everything else has been found in order, so that a wrong setting costs nobody an earlier run.
+    """
+    folder = config.run_folder
+    if not resume and (folder / "config.json").exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(saved, json.dumps(config_values(config), indent=2).encode())
+    write_atomic(folder / "config.json", json.dumps(config_values(config), indent=2).encode())
     return folder
 
 
@@ -80,9 +88,9 @@ def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, 
 class Recorder:
     """Journal, TensorBoard, checkpoints, progress; at the end summary, pictures and the exported model."""
 
-    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, partition: str, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset, partition: str, progress: Progress) -> None:
         self._config = config
-        self._folder = folder
+        self._folder = config.run_folder
         self._dataset = dataset
         self._partition = partition
         self._progress = progress

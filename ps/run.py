@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +62,6 @@ class Scene:
     """What every run needs, with or without workers."""
 
     config: RunConfig
-    folder: Path
     dataset: Dataset
     network: SplitModel
     device: torch.device
@@ -95,7 +93,7 @@ def build_network(config: RunConfig, dataset: Dataset) -> SplitModel:
     )
 
 
-def set_scene(config: RunConfig, folder: Path, partition: str, clock: Clock, progress: Progress) -> Scene:
+def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progress) -> Scene:
     """Loads data and model. Raises ConfigError, DataError before anything else has started."""
     if config.method.name != CENTRAL:
         find_method(config.method.name)
@@ -104,8 +102,8 @@ def set_scene(config: RunConfig, folder: Path, partition: str, clock: Clock, pro
         config.data.dataset, download=config.data.download, image_size_pixels=config.data.image_size_pixels
     )
     network = build_network(config, dataset)
-    recorder = Recorder(config, folder, dataset, partition, progress)
-    return Scene(config, folder, dataset, network.to(device), device, clock, recorder, progress)
+    recorder = Recorder(config, dataset, partition, progress)
+    return Scene(config, dataset, network.to(device), device, clock, recorder, progress)
 
 
 def serve(scene: Scene, endpoint: ServerEndpoint, resume: bool, check: Callable[[], None]) -> dict[str, Any]:

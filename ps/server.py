@@ -170,6 +170,7 @@ class Server:
             self._settle()
             if not any(worker.num_samples for worker in self._view().workers):
                 self._wait_for_workers()
+                self._require_samples()
             begin_seconds = self._clock.now_seconds()
             try:
                 outcome = self._attempt(round_num, attempt)
@@ -184,10 +185,18 @@ class Server:
             "the workers are lost, then go on with --resume"
         )
 
+    def _require_samples(self) -> None:
+        """Raises QuorumError when there is nobody to plan for."""
+        workers = self._view().workers
+        if not any(worker.num_samples for worker in workers):
+            raise QuorumError(
+                f"none of the {len(workers)} workers that are here has samples, at least one is needed: check the "
+                "partition or the workers' data sets, restart those that are lost, then go on with --resume"
+            )
+
     def _settle(self) -> None:
         """Takes in what has arrived meanwhile: workers that join again, pings, farewells."""
-        while self._switchboard.receive(0.0) is not None:
-            pass
+        self._switchboard.settle()
         self._switchboard.probe(self._fleet.available())
 
     def _wait_for_quorum(self) -> None:

@@ -7,7 +7,7 @@ sends, only its own session suffers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from mergesfl.errors import MergeSFLError, RemoteProtocolError, TransportError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
@@ -28,10 +28,11 @@ from mergesfl.protocol.messages import (
 )
 from mergesfl.protocol.session import Arrival, Role, Session
 from mergesfl.runtime.process import EXIT_INTERRUPTED
-from mergesfl.transport.base import ServerEndpoint
+from mergesfl.transport.base import Frame, ServerEndpoint
 from ps.fleet import Fleet, Member
 
 POLL_SECONDS = 0.2  # how soon a wish to stop is noticed
+MAX_SETTLED_MESSAGES = 10_000  # between two rounds; 1,000 workers that ping every second for 10 s [ours]
 
 log = logging.getLogger("ps")
 
@@ -76,7 +77,21 @@ class Switchboard:
         arrived = self._endpoint.recv(min(timeout_seconds, POLL_SECONDS))
         if arrived is None:
             return None
-        peer, frames = arrived
+        return self._handle(*arrived)
+
+    def settle(self) -> None:
+        """Handles what has arrived, without waiting; what belongs to a round is dropped: there is none now.
+
+        At most MAX_SETTLED_MESSAGES, so that a peer that never stops talking cannot hold the run.
+        """
+        for _ in range(MAX_SETTLED_MESSAGES):
+            self._check()
+            arrived = self._endpoint.recv(0.0)
+            if arrived is None:
+                return
+            self._handle(*arrived)
+
+    def _handle(self, peer: bytes, frames: Sequence[Frame]) -> tuple[Member, Features | Update] | None:
         self.ingress_bytes += wire_bytes(frames)
         member = self._fleet.by_peer.get(peer)
         try:

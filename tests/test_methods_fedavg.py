@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from mergesfl.control.selection import plan_uniform
-from mergesfl.methods.base import WorkerUpdate
+from mergesfl.methods import METHODS
+from mergesfl.methods.base import Assignment, WorkerUpdate, WorkResult, copy_state
+from mergesfl.models import build_model
 from mergesfl.seeding import generator_for
 from tests.pretend_cluster import (
     PretendCluster,
@@ -76,6 +80,22 @@ def test_without_dropout_it_equals_splitfed_v1() -> None:
     federated.play(plan_of(SIZES, num_steps=3, num_exchanges=0))
     split.play(plan_of(SIZES, num_steps=3))
     assert_close(federated.parameters(), split.parameters())
+
+
+def test_dropout_follows_the_seed_of_the_worker_and_the_step() -> None:
+    """The same weights and batches: only the masks can differ. Two equal steps of one round have different masks."""
+    model = build_model("cnn", None, (1, 8, 8), 10, 0).eval()
+    state = copy_state(model.joined_state_dict())
+    batch = (torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6))
+
+    def train(seed: int, num_steps: int = 1) -> WorkResult:
+        assignment = Assignment(0, num_steps, 6, {"learning_rate": 1e-12}, state, seed)
+        return METHODS["fedavg"].work(model, assignment, itertools.repeat(batch), lambda step, z, y: z)
+
+    losses_nats = [train(seed).metrics["loss_nats"] for seed in (1, 1, 2)]
+    assert losses_nats[0] == losses_nats[1] != pytest.approx(losses_nats[2], rel=1e-5)
+    # The mean over two steps is not that of the first step: the weights hardly moved, the masks are new.
+    assert train(1, num_steps=2).metrics["loss_nats"] != pytest.approx(losses_nats[0], rel=1e-5)
 
 
 def test_what_was_handed_out_does_not_change_when_the_round_closes() -> None:

@@ -6,6 +6,7 @@ Legend: d_i samples of worker i in one step, D their sum, F... shape of a sample
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergesfl.control.fleet import FleetView
+from mergesfl.control.fleet import FleetView, WorkerView
 from mergesfl.control.selection import ControlSettings, plan_round, plan_uniform
 from mergesfl.methods.base import MethodSettings, WorkerUpdate
 from mergesfl.models.initial import build_seeded
@@ -213,6 +214,24 @@ def test_regulation_without_filling_gives_equation_9() -> None:
     assert dict(zip(plan.worker_ids, plan.batch_sizes, strict=True)) == {
         name: by_equation_9[name] for name in plan.worker_ids
     }
+
+
+def test_epsilon_decides_whether_batch_sizes_are_fine_tuned() -> None:
+    """Two workers, one class each, speeds 1 : 4: Eq. 9 gives d = (80, 20), KL = 0.8 ln 1.6 + 0.2 ln 0.4 = 0.193 nats.
+
+    Below 0.2 that stays; for 0.05 it is tuned, and rounding to whole samples may leave it slightly above.
+    """
+    counts = ((400, 0), (0, 400))
+    workers = (WorkerView(name, 400, n, s, 0.0) for name, n, s in zip("ab", counts, (0.1, 0.4), strict=True))
+    fleet = FleetView(tuple(workers), 48)
+    plans = {}
+    for epsilon_nats in (0.2, 0.05):
+        settings = settings_of(batch_size=80, participants_per_round=2, fill_budget=False, kl_epsilon_nats=epsilon_nats)
+        plans[epsilon_nats] = start(settings).program.plan(0, fleet, generator_for(0, "plan"))
+    assert plans[0.2].batch_sizes == (80, 20)
+    assert plans[0.2].kl_after_nats == pytest.approx(0.8 * math.log(1.6) + 0.2 * math.log(0.4))
+    assert plans[0.05].kl_before_nats == plans[0.2].kl_after_nats
+    assert plans[0.05].kl_after_nats < 0.053
 
 
 def test_the_default_budget_is_that_of_an_unregulated_round() -> None:
