@@ -31,7 +31,7 @@ from ps.fleet import Fleet
 from ps.progress import Progress
 from ps.recorder import Recorder
 from ps.server import Server
-from ps.switchboard import Switchboard
+from ps.switchboard import InterruptedRunError, Switchboard
 
 CENTRAL_WORKER_ID = "worker-00"  # the central run draws the batches that a single worker of this name would draw
 
@@ -141,7 +141,10 @@ def serve(scene: Scene, endpoint: ServerEndpoint, resume: bool, check: Callable[
 
 
 def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> dict[str, Any]:
-    """The central reference: one process, all data. Returns the summary."""
+    """The central reference: one process, all data. Returns the summary.
+
+    Raises InterruptedRunError with the last closed round saved.
+    """
     config, dataset, clock, recorder = scene.config, scene.dataset, scene.clock, scene.recorder
     settings, training = method_settings(config), config.training
     begin_seconds, next_round = clock.now_seconds(), 0
@@ -153,8 +156,18 @@ def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> di
     recorder.open(next_round)
     scene.progress.started(next_round, training.num_rounds)
     batch_size = min(training.batch_size * settings.participants_per_round, len(dataset.train.y))
+
+    def save(next_round: int) -> None:
+        wall_seconds = recorder.wall_seconds_before + clock.now_seconds() - begin_seconds
+        recorder.checkpoint(next_round, copy_state(scene.network.joined_state_dict()), {"wall_seconds": wall_seconds})
+
     for round_num in range(next_round, training.num_rounds):
-        check()
+        try:
+            check()
+        except InterruptedRunError:
+            save(round_num)
+            recorder.close()
+            raise
         round_begin_seconds = clock.now_seconds()
         generator = generator_for(config.seed, "batches", CENTRAL_WORKER_ID, round_num)
         batches = Batches(dataset.train.x, dataset.train.y, batch_size, generator, dataset.scale, augment=True)
@@ -168,9 +181,7 @@ def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> di
         )
         recorder.record(_central_record(round_num, evaluation, loss_nats, batch_size, num_samples, round_seconds, rate))
         if recorder.is_checkpoint_due(round_num + 1):
-            wall_seconds = recorder.wall_seconds_before + clock.now_seconds() - begin_seconds
-            tensors = copy_state(scene.network.joined_state_dict())
-            recorder.checkpoint(round_num + 1, tensors, {"wall_seconds": wall_seconds})
+            save(round_num + 1)
     summary = recorder.finish(scene.network, ["central"], clock.now_seconds() - begin_seconds)
     recorder.close()
     return summary

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from mergesfl.control.divergence import kl_nats, mixture
 from mergesfl.control.filling import fill_budget
 from mergesfl.control.finetuning import finetune
+from mergesfl.control.fleet import FleetView, WorkerView
+from mergesfl.control.selection import ControlSettings, plan_round
 
 UNIFORM2 = np.array([0.5, 0.5])
 
@@ -143,3 +145,19 @@ def test_transfers_undo_rounding() -> None:
     skewed = fill_budget(weights[::-1], caps, 9, 9, 0.01, np.eye(2)[labels], UNIFORM2, np.ones(6))
     assert skewed.sum() == 9 and (skewed >= 1).all()
     assert abs(skewed[:2].sum() - 4.5) <= 0.5
+
+
+def test_rounding_never_loses_an_epsilon_that_integers_of_the_same_sum_can_meet() -> None:
+    """Two one-class workers, speeds 1 : 4, D_max 8: Eq. 9 gives (8, 2), D = 10.
+
+    KL against (1/2, 1/2) is ln 2 - H(d_1 / 10): 0.193 for (8, 2), 0.082 for (7, 3), 0.020 for (6, 4). With epsilon 0.05
+    the continuous optimum lies between 3 and 4 of 10, and rounding to the nearest would give 3.
+    """
+    workers = (
+        WorkerView("a", 100, (100, 0), 1.0, 0.0),
+        WorkerView("b", 100, (0, 100), 4.0, 0.0),
+    )
+    control = ControlSettings(8, 1000, num_steps=1, num_exchanges=1, kl_epsilon_nats=0.05, fill_budget=False)
+    plan = plan_round(0, FleetView(workers, 10), control, np.random.default_rng(0))
+    assert plan.batch_sizes == (6, 4)
+    assert plan.kl_after_nats == pytest.approx(np.log(2) + 0.6 * np.log(0.6) + 0.4 * np.log(0.4))

@@ -34,7 +34,7 @@ def fill_budget(
         weights: (n,) w_i = d_i / D.
         caps: (n,) largest d_i allowed.
         least_samples: least D: where no D is within the limit it is taken, and single samples are moved between workers
-            while that lowers the KL and makes the round no longer.
+            while that lowers the KL: first where it makes the round no longer, then up to the weight rounded up.
         most_samples: largest D.
         limit_nats: bound on the KL of the merged labels.
         distributions: (n, C) V_i.
@@ -46,24 +46,27 @@ def fill_budget(
         if kl_nats(mixture(sizes, distributions), reference) <= limit_nats:
             return sizes
     sizes = scale_to_total(weights, caps, least_samples)
-    return _with_transfers(sizes, caps, limit_nats, distributions, reference, seconds_per_sample)
+    longest_seconds = float((sizes * seconds_per_sample).max()) * (1 + 1e-9)
+    within_time = np.floor(longest_seconds / np.maximum(seconds_per_sample, 1e-300))  # (n,) d_i that end no later
+    rounded_up = np.ceil(weights / weights.sum() * least_samples - 1e-9)  # (n,)
+    for most in (within_time, np.maximum(within_time, rounded_up)):
+        sizes = _with_transfers(sizes, np.minimum(caps, most), limit_nats, distributions, reference)
+    return sizes
 
 
 def _with_transfers(
     batch_sizes: IntArray,
-    caps: IntArray,
+    most: FloatArray,
     limit_nats: float,
     distributions: FloatArray,
     reference: FloatArray,
-    seconds: FloatArray,
 ) -> IntArray:
-    """(n,) moves single samples between workers while the KL is above the limit and falls; the round gets no longer."""
+    """(n,) moves single samples between workers, up to (n,) most, while the KL is above the limit and falls."""
     sizes: IntArray = batch_sizes.copy()
     kl = kl_nats(mixture(sizes, distributions), reference)
-    longest = float((sizes * seconds).max()) * (1 + 1e-9)
     for _ in range(_MAX_TRANSFERS):
         givers = np.flatnonzero(sizes > 1)
-        takers = np.flatnonzero((sizes < caps) & ((sizes + 1) * seconds <= longest))
+        takers = np.flatnonzero(sizes + 1 <= most)
         if kl <= limit_nats or len(givers) == 0 or len(takers) == 0:
             break
         phi = np.maximum(mixture(sizes, distributions), 1e-300)  # (C,)

@@ -1,0 +1,120 @@
+"""The fleet: who is admitted, who may be chosen, and what a plan is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mergesfl.control.estimates import Estimates
+from mergesfl.control.fleet import FleetView, WorkerView
+from mergesfl.errors import RemoteProtocolError
+from mergesfl.protocol.session import Role, Session
+from ps.fleet import Fleet, Member
+from tests.memory_cluster import NUM_CLASSES, SAMPLE_SHAPE, registration
+
+
+def new_fleet() -> Fleet:
+    return Fleet(NUM_CLASSES, SAMPLE_SHAPE, Estimates(0.5))
+
+
+def admit(fleet: Fleet, worker_id: str, label_counts: tuple[int, ...] = (1, 1, 1), ready: bool = True) -> Member:
+    member = fleet.admit(worker_id.encode(), registration(worker_id, label_counts), Session(Role.SERVER))
+    member.ready = ready
+    return member
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ((2, 0, 3), (2, 0, 3)),
+        ((2,), (2, 0, 0)),  # labels that it never saw at the end may be missing
+        ((), (0, 0, 0)),
+        ((1, 1, 1, 0, 0), (1, 1, 1)),  # more names than the run has, but no sample of them
+    ],
+)
+def test_label_counts_have_one_entry_per_class_of_the_run(sent: tuple[int, ...], kept: tuple[int, ...]) -> None:
+    fleet = new_fleet()
+    member = admit(fleet, "a", sent)
+    assert member.label_counts == fleet.known_label_counts["a"] == kept
+    assert member.num_samples == sum(sent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sample_shape": (3, 8, 8)}, "holds samples of shape (3, 8, 8), this run is for (1, 8, 8)"),
+        ({"label_counts": (1, 1, 1, 2), "num_samples": 5}, "holds labels up to 3, this run has 3 classes"),
+        ({"num_samples": 4}, "holds 4 samples but counts 3 labels"),
+    ],
+)
+def test_a_worker_that_does_not_fit_is_not_admitted(changes: dict[str, Any], expected: str) -> None:
+    fleet = new_fleet()
+    with pytest.raises(RemoteProtocolError) as caught:
+        fleet.admit(b"p", registration("a", **({"label_counts": (1, 1, 1)} | changes)), Session(Role.SERVER))
+    assert f"worker 'a' {expected}" in str(caught.value)
+    assert (fleet.by_id, fleet.by_peer, fleet.known_label_counts) == ({}, {}, {})
+
+
+def test_only_ready_workers_that_are_heard_are_available_in_order_of_their_names() -> None:
+    fleet = new_fleet()
+    for name in ("c", "a", "b", "d"):
+        admit(fleet, name, ready=name != "d")
+    fleet.by_id["b"].silent = True
+    assert [member.worker_id for member in fleet.available()] == ["a", "c"]
+    fleet.by_id["b"].silent = False
+    assert [member.worker_id for member in fleet.available()] == ["a", "b", "c"]
+
+
+def test_the_view_holds_what_was_observed_and_the_reference_of_all_ever_seen() -> None:
+    """Phi_0 by hand: V_a = (1/2, 1/2, 0), V_b = (0, 0, 1), none of c; the mean of two is (1/4, 1/4, 1/2). b is away."""
+    fleet = new_fleet()
+    admit(fleet, "a", (2, 2, 0))
+    gone = admit(fleet, "b", (0, 0, 3))
+    admit(fleet, "c", ())
+    fleet.remove(gone, "left")
+    fleet.estimates.observe("a", 0.25, 0.5)
+    fleet.estimates.observe("a", 0.75, 0.5)  # alpha 0.5: (0.25 + 0.75) / 2
+    fleet.finished(["a", "b"])
+    fleet.finished(["a"])
+    assert fleet.view(512) == FleetView(
+        (WorkerView("a", 4, (2, 2, 0), 0.5, 0.5, 2), WorkerView("c", 0, (0, 0, 0), None, None, 0)),
+        512,
+        (0.25, 0.25, 0.5),
+    )
+
+
+def test_without_a_single_sample_there_is_no_reference() -> None:
+    fleet = new_fleet()
+    admit(fleet, "c", ())
+    assert fleet.view(512).reference_distribution is None
+
+
+def test_removing_keeps_the_first_reason_and_spares_a_successor_of_the_same_name() -> None:
+    fleet = new_fleet()
+    older = admit(fleet, "a")
+    newer = fleet.admit(b"other", registration("a"), Session(Role.SERVER))
+    fleet.remove(older, "replaced")
+    fleet.remove(older, "again")
+    assert older.gone_reason == "replaced"
+    assert fleet.by_id == {"a": newer}
+    assert fleet.by_peer == {b"other": newer}
+    fleet.remove(newer, "left")
+    assert (fleet.by_id, fleet.by_peer) == ({}, {})
+    assert fleet.known_label_counts == {"a": (8, 8, 4)}
+
+
+def test_the_state_survives_json() -> None:
+    fleet = new_fleet()
+    admit(fleet, "a", (2, 2, 0))
+    fleet.estimates.observe("a", 0.25, 0.5)
+    fleet.finished(["a"])
+    loaded = new_fleet()
+    loaded.load_state_dict(json.loads(json.dumps(fleet.state_dict())))
+    assert loaded.state_dict() == fleet.state_dict()
+    assert loaded.known_label_counts == {"a": (2, 2, 0)}
+    admit(loaded, "b", (0, 0, 3))
+    assert loaded.view(8).reference_distribution == (0.25, 0.25, 0.5)  # "a" counts before it is back
+    admit(loaded, "a", (2, 2, 0))
+    assert loaded.view(8).workers[0] == WorkerView("a", 4, (2, 2, 0), 0.25, 0.5, 1)
