@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,17 @@ from mergesfl.config import RunConfig
 from mergesfl.data import load_partition, parse_partition, save_partition
 from mergesfl.data.dataset import Dataset
 from mergesfl.data.partition import Partition
-from mergesfl.errors import ConfigError, QuorumError
+from mergesfl.errors import ConfigError
 from mergesfl.methods import CENTRAL
+from mergesfl.processes import (
+    FAREWELL_SECONDS,
+    end_workers,
+    local_address,
+    pace_of,
+    start_worker,
+    watching,
+    worker_name,
+)
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.devices import local_thread_plan, resolve_device, set_threads, usable_cores
 from mergesfl.runtime.files import write_atomic
@@ -39,15 +44,6 @@ from workers.__main__ import make_pace
 from workers.daemon import Daemon, DaemonSettings
 from workers.local_data import share_of
 
-FAREWELL_SECONDS = 15.0  # for the workers to end by themselves
-
-log = logging.getLogger("cluster")
-
-
-def worker_name(index: int) -> str:
-    """The id of the worker that holds share `index` of the partition."""
-    return f"worker-{index:02d}"
-
 
 def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Console, stop: StopFlag) -> dict[str, Any]:
     """Starts everything, runs it, ends everything; returns the summary.
@@ -59,7 +55,6 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         _check_paces(config)
     check_folder(config, resume, overwrite)
     progress = Progress(console)
-    partition_text = "none" if config.method.name == CENTRAL else config.data.partition
     cores = usable_cores()
     ps_threads, worker_threads = local_thread_plan(config.cluster.num_workers, cores)
     set_threads(config.cluster.ps_threads or (cores if config.method.name == CENTRAL else ps_threads))
@@ -71,7 +66,7 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
             )
 
     try:
-        scene = set_scene(config, partition_text, WallClock(), progress)
+        scene = set_scene(config, _partition_text(config), WallClock(), progress)
         partition = None if config.method.name == CENTRAL else draw_partition(config, scene.dataset)
         folder = prepare_folder(config, resume)
         if partition is None:
@@ -87,6 +82,14 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         progress.close()
     progress.finished(summary, str(folder))
     return summary
+
+
+def _partition_text(config: RunConfig) -> str:
+    """How the summary names the partition."""
+    if config.method.name == CENTRAL:
+        return "none"
+    file = config.data.partition_file
+    return config.data.partition if file is None else load_partition(file).text
 
 
 def draw_partition(config: RunConfig, dataset: Dataset) -> Partition:
@@ -136,16 +139,6 @@ def _check_paces(config: RunConfig) -> None:
         )
 
 
-def _pace_of(config: RunConfig, index: int) -> tuple[float, float | None, float | None]:
-    """(slowdown, declared compute, declared transfer seconds per sample) of one worker."""
-    cluster = config.cluster
-    slowdown = cluster.slowdowns[index] if cluster.slowdowns else 1.0
-    if not cluster.declared_compute_seconds_per_sample:
-        return slowdown, None, None
-    compute_seconds = cluster.declared_compute_seconds_per_sample[index]
-    return slowdown, compute_seconds, cluster.declared_transfer_seconds_per_sample[index]
-
-
 def _run_threads(scene: Scene, partition: Partition, resume: bool, check: Callable[[], None]) -> dict[str, Any]:
     """The cluster as threads of this process over memory endpoints."""
     hub, stop, clock = MemoryHub(), StopFlag(), WallClock()
@@ -159,7 +152,7 @@ def _run_threads(scene: Scene, partition: Partition, resume: bool, check: Callab
             share_of(scene.dataset, share),
             device,
             clock,
-            make_pace(clock, *_pace_of(scene.config, index)),
+            make_pace(clock, *pace_of(scene.config, index)),
             stop.is_set,
         )
         threads.append(threading.Thread(target=daemon.run, name=worker_name(index), daemon=True))
@@ -177,13 +170,13 @@ def _run_processes(
     scene: Scene, partition: Partition, folder: Path, resume: bool, threads: int, check: Callable[[], None]
 ) -> dict[str, Any]:
     """The cluster as processes of this machine over tcp or ipc."""
-    with _address(scene.config.cluster.transport) as address:
+    with local_address(scene.config.cluster.transport) as address:
         endpoint = bind(address)
         processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for index in range(len(partition.assignments)):
                 name = worker_name(index)
-                processes[name] = _start_worker(scene.config, endpoint.address, folder, index, threads)
+                processes[name] = start_worker(scene.config, endpoint.address, folder, index, threads)
             pids = {name: process.pid for name, process in processes.items()}
             write_atomic(
                 folder / "cluster.json",
@@ -191,85 +184,6 @@ def _run_processes(
                     {"address": endpoint.address, "ps_pid": os.getpid(), "worker_pids": pids}, indent=2
                 ).encode(),
             )
-            return serve(scene, endpoint, resume, _watching(processes, folder, check))
+            return serve(scene, endpoint, resume, watching(processes, folder, check))
         finally:
-            _end(processes)
-
-
-@contextlib.contextmanager
-def _address(transport: str) -> Iterator[str]:
-    """An address on this machine that nobody else has."""
-    if transport == "tcp":
-        yield "tcp://127.0.0.1:*"
-        return
-    with tempfile.TemporaryDirectory(prefix="mergesfl-") as place:  # a short path: sun_path holds 107 bytes
-        yield f"ipc://{place}/ps.sock"
-
-
-def _start_worker(config: RunConfig, address: str, folder: Path, index: int, threads: int) -> subprocess.Popen[bytes]:
-    """One worker process; its output goes to workers/<name>.log."""
-    slowdown, compute_seconds, transfer_seconds = _pace_of(config, index)
-    command = [sys.executable, "-m", "workers", "--connect", address, "--id", worker_name(index), "--once"]
-    command += ["--dataset", config.data.dataset, "--partition", str(folder / "partition.npz"), "--index", str(index)]
-    command += ["--image-size-pixels", str(config.data.image_size_pixels)]
-    command += ["--device", config.cluster.worker_device, "--threads", str(threads), "--slowdown", str(slowdown)]
-    if compute_seconds is not None:
-        command += ["--declared-compute-seconds-per-sample", str(compute_seconds)]
-        command += ["--declared-transfer-seconds-per-sample", str(transfer_seconds)]
-    command += ["--exit-with-parent"]
-    logs = folder / "workers"
-    logs.mkdir(exist_ok=True)
-    with (logs / f"{worker_name(index)}.log").open("ab") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-
-
-def _watching(
-    processes: dict[str, subprocess.Popen[bytes]], folder: Path, check: Callable[[], None]
-) -> Callable[[], None]:
-    """`check`, which also says when a worker process has ended, and gives up when none is left."""
-    reported: set[str] = set()
-
-    def watch() -> None:
-        check()
-        for name, process in processes.items():
-            code = process.poll()
-            if code is not None and name not in reported:
-                reported.add(name)
-                log.warning("the process of %s ended with code %d: %s", name, code, _last_line(folder, name))
-        if len(reported) == len(processes):
-            first = min(reported)
-            raise QuorumError(
-                f"all {len(processes)} worker processes have ended; {first} said: {_last_line(folder, first)}"
-            )
-
-    return watch
-
-
-def _last_line(folder: Path, name: str) -> str:
-    path = folder / "workers" / f"{name}.log"
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1]} ({path})" if lines else f"nothing ({path})"
-
-
-def _end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Waits for the workers to end by themselves; then asks, then forces. Nothing is left behind."""
-    for wait_seconds, act in (
-        (FAREWELL_SECONDS, subprocess.Popen.terminate),
-        (5.0, subprocess.Popen.kill),
-        (5.0, subprocess.Popen.kill),
-    ):
-        deadline_seconds = WallClock().now_seconds() + wait_seconds
-        for process in processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline_seconds - WallClock().now_seconds()))
-        left = [process for process in processes.values() if process.poll() is None]
-        if not left:
-            return
-        for process in left:
-            act(process)
+            end_workers(processes)

@@ -1,0 +1,134 @@
+"""The timed exchange by hand: a link that answers from a script and moves the clock. Legend: d = 4 samples a step."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from mergesfl.protocol.messages import Features, Gradient, Message, Pong
+from tests.memory_cluster import HandClock
+from workers.exchange import TimedExchange
+from workers.link import Link, SessionLostError
+from workers.pace import DeclaredPace, MeasuredPace, Pace
+
+CPU = torch.device("cpu")
+Z = torch.arange(8.0).reshape(4, 2)  # (4, 2)
+Y = torch.tensor([0, 1, 2, 0])  # (4,)
+
+
+class FakeLink:
+    """Sending takes 0.5 s, the answer comes 2 s later; the server says that it held the request for so long."""
+
+    def __init__(self, clock: HandClock, held_seconds: float, gradient: torch.Tensor, answer: Message | None) -> None:
+        self.sent: list[Message] = []
+        self._clock = clock
+        self._held_seconds = held_seconds
+        self._gradient = gradient
+        self._answer = answer
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+        self._clock.seconds += 0.5
+
+    def receive(self) -> Message:
+        self._clock.seconds += 2.0
+        asked = self.sent[-1]
+        assert isinstance(asked, Features)
+        return self._answer or Gradient(asked.round_num, asked.step, self._held_seconds, self._gradient.numpy())
+
+
+class Bench:
+    """An exchange over a fake link, ready to be timed."""
+
+    def __init__(
+        self,
+        pace: Pace | None = None,
+        held_seconds: float = 1.5,
+        gradient: torch.Tensor = Z,
+        answer: Message | None = None,
+        slowdown: float = 1.0,
+    ) -> None:
+        self.clock = HandClock()
+        self.link = FakeLink(self.clock, held_seconds, gradient, answer)
+        pace = pace or MeasuredPace(self.clock, slowdown)
+        self.exchange = TimedExchange(cast(Link, self.link), 100, 4, self.clock, pace, CPU)
+
+
+def test_compute_is_all_but_the_exchanges_and_transfer_is_exchange_less_held() -> None:
+    """By hand: 3 s forward, exchange 0.5 + 2 s of which 1.5 s were held: 1 s of transfer. 4 s backward and forward,
+    the same exchange, 5 s backward. Compute 3 + 4 + 5 = 12, transfer 2 * 1 = 2."""
+    bench = Bench()
+    bench.clock.seconds += 3.0
+    gradient = bench.exchange(0, Z, Y)
+    bench.clock.seconds += 4.0
+    bench.exchange(1, Z, Y)
+    bench.clock.seconds += 5.0
+    bench.exchange.finish(2)
+    assert bench.exchange.compute_seconds == pytest.approx(12.0)
+    assert bench.exchange.transfer_seconds == pytest.approx(2.0)
+    assert torch.equal(gradient, Z)
+
+
+def test_a_slowdown_lengthens_every_stretch_of_computing_but_no_exchange() -> None:
+    """3 s forward and 5 s backward, three times slower: 24 s; the clock itself shows them and the 2.5 s between."""
+    bench = Bench(slowdown=3.0)
+    bench.clock.seconds += 3.0
+    bench.exchange(0, Z, Y)
+    bench.clock.seconds += 5.0
+    bench.exchange.finish(1)
+    assert bench.exchange.compute_seconds == pytest.approx(24.0)
+    assert bench.exchange.transfer_seconds == pytest.approx(1.0)
+    assert bench.clock.seconds == pytest.approx(26.5)
+
+
+def test_declared_durations_replace_both() -> None:
+    """Compute 0.01 s x 4 samples x 2 steps; transfer 0.002 s x 4 samples for each of two exchanges."""
+    bench = Bench(DeclaredPace(0.01, 0.002))
+    for step in range(2):
+        bench.clock.seconds += 7.0
+        bench.exchange(step, Z, Y)
+    bench.exchange.finish(2)
+    assert bench.exchange.compute_seconds == pytest.approx(0.08)
+    assert bench.exchange.transfer_seconds == pytest.approx(0.016)
+
+
+def test_a_server_that_claims_to_have_held_longer_than_it_took_gives_no_negative_transfer() -> None:
+    bench = Bench(held_seconds=99.0)
+    bench.exchange(0, Z, Y)
+    assert bench.exchange.transfer_seconds == 0.0
+
+
+def test_a_federated_round_has_compute_only() -> None:
+    bench = Bench()
+    bench.clock.seconds += 6.0
+    bench.exchange.finish(5)
+    assert bench.exchange.compute_seconds == pytest.approx(6.0)
+    assert bench.exchange.transfer_seconds == 0.0
+
+
+def test_what_is_sent_are_round_step_features_and_labels() -> None:
+    bench = Bench()
+    bench.exchange(3, Z, Y)
+    (message,) = bench.link.sent
+    assert isinstance(message, Features)
+    assert (message.round_num, message.step) == (100, 3)
+    np.testing.assert_array_equal(message.features, Z.numpy())
+    np.testing.assert_array_equal(message.labels, np.array([0, 1, 2, 0], np.int64))
+
+
+def test_an_empty_gradient_is_handed_on() -> None:
+    assert Bench(gradient=torch.empty(0)).exchange(0, Z, Y).shape == (0,)
+
+
+@pytest.mark.parametrize("gradient", [torch.zeros(3, 2), torch.zeros(4, 3), torch.zeros(8)])
+def test_a_gradient_of_another_shape_ends_the_session(gradient: torch.Tensor) -> None:
+    with pytest.raises(SessionLostError, match=r"gradient of shape .* for features of \(4, 2\)"):
+        Bench(gradient=gradient).exchange(0, Z, Y)
+
+
+def test_an_answer_that_is_no_gradient_ends_the_session() -> None:
+    with pytest.raises(SessionLostError, match="expected Gradient for step 5, got Pong"):
+        Bench(answer=Pong()).exchange(5, Z, Y)
