@@ -135,6 +135,8 @@ def test_a_stranger_is_told_to_register(message: Message) -> None:
     assert desk.say(worker, message) is None
     (reset,) = heard(worker)
     assert isinstance(reset, Reset) and "register again" in reset.reason
+    assert desk.board.egress_bytes == wire_bytes(encode(reset))
+    assert desk.board.ingress_bytes == wire_bytes(encode(message))
 
 
 def test_the_farewell_of_a_stranger_needs_no_answer() -> None:

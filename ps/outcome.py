@@ -1,0 +1,131 @@
+"""What a round that counts has shown: the figures of its record, and what it teaches about the workers' speeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergesfl.control.divergence import idle_seconds, kl_nats, label_distributions, mixture
+from mergesfl.control.estimates import Estimates
+from mergesfl.control.fleet import FleetView
+from mergesfl.control.plan import RoundPlan
+from mergesfl.protocol.messages import Update
+from mergesfl.runtime.journal import DroppedWorker, RoundRecord
+from mergesfl.training.evaluation import Evaluation
+from ps.exchange import Arrival, RoundExchange
+
+
+@dataclass(frozen=True)
+class WorkerSeconds:
+    """What one worker took in one round."""
+
+    compute_seconds: float
+    transfer_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """t_i as observed."""
+        return self.compute_seconds + self.transfer_seconds
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """What the loop around the round measured: bytes, and seconds on the server's clock."""
+
+    ingress_bytes: int
+    egress_bytes: int
+    round_seconds: float
+    evaluation_seconds: float
+    learning_rate: float
+    attempt: int
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """A closed round.
+
+    Attributes:
+        plan: what was decided.
+        seconds: of each worker that finished, in plan order.
+        dropped: the workers that were lost.
+        missed_deadline: those of them that are reachable, but too slow.
+        train_loss_nats: mean over the steps, if the method has one.
+        num_samples_trained: that went into a step of the top (or of a full model).
+        merged_kl_nats: of the batches of those who finished.
+        planning_seconds: what the plan took.
+    """
+
+    plan: RoundPlan
+    seconds: dict[str, WorkerSeconds]
+    dropped: tuple[DroppedWorker, ...]
+    missed_deadline: tuple[str, ...]
+    train_loss_nats: float | None
+    num_samples_trained: int
+    merged_kl_nats: float
+    planning_seconds: float
+
+    def teach(self, estimates: Estimates, step_deadline_seconds: float) -> None:
+        """Smooths the observed speeds in (Eq. 5 and 6); who missed the deadline took at least that long [ours]."""
+        for name, seconds in self.seconds.items():
+            num_samples = self.plan.batch_size_of(name) * self.plan.num_steps
+            estimates.observe(name, seconds.compute_seconds / num_samples, seconds.transfer_seconds / num_samples)
+        for name in self.missed_deadline:
+            estimates.observe(name, step_deadline_seconds / self.plan.batch_size_of(name), 0.0)
+
+    def record(self, evaluation: Evaluation | None, accounts: Accounts) -> RoundRecord:
+        """The line of the journal."""
+        plan = self.plan
+        total_seconds = {name: seconds.total_seconds for name, seconds in self.seconds.items()}
+        return RoundRecord(
+            round_num=plan.round_num,
+            accuracy=evaluation.accuracy if evaluation else None,
+            loss_nats=evaluation.loss_nats if evaluation else None,
+            train_loss_nats=self.train_loss_nats,
+            worker_ids=plan.worker_ids,
+            batch_sizes=plan.batch_sizes,
+            finished_worker_ids=tuple(self.seconds),
+            dropped=self.dropped,
+            kl_before_nats=plan.kl_before_nats,
+            kl_after_nats=plan.kl_after_nats,
+            merged_kl_nats=self.merged_kl_nats,
+            predicted_seconds=plan.predicted_seconds,
+            observed_seconds=tuple(total_seconds.get(name) for name in plan.worker_ids),
+            predicted_idle_seconds=plan.predicted_idle_seconds,
+            idle_seconds=idle_seconds(np.array(list(total_seconds.values()))),
+            ingress_bytes=accounts.ingress_bytes,
+            egress_bytes=accounts.egress_bytes,
+            samples_trained=self.num_samples_trained,
+            planning_seconds=self.planning_seconds,
+            round_seconds=accounts.round_seconds,
+            evaluation_seconds=accounts.evaluation_seconds,
+            learning_rate=accounts.learning_rate,
+            attempt=accounts.attempt,
+        )
+
+
+def observed_seconds(plan: RoundPlan, exchange: RoundExchange, updates: dict[str, Arrival]) -> dict[str, WorkerSeconds]:
+    """Compute and transfer seconds of the workers that finished.
+
+    A federated worker exchanges nothing; its transfer is what the round trip took beyond its own computing.
+    """
+    result = {}
+    for name, arrival in updates.items():
+        message = arrival.message
+        assert isinstance(message, Update), "gathered by kind"
+        transfer_seconds = message.transfer_seconds
+        if not plan.num_exchanges:
+            round_trip_seconds = arrival.received_seconds - exchange.assigned_seconds[name]
+            transfer_seconds = max(round_trip_seconds - message.compute_seconds, 0.0)
+        result[name] = WorkerSeconds(message.compute_seconds, transfer_seconds)
+    return result
+
+
+def merged_kl_nats(view: FleetView, plan: RoundPlan, finished_ids: Sequence[str]) -> float:
+    """KL(Phi || Phi_0) of the batches of those who finished, with their data's label distributions (Eq. 11, 12)."""
+    workers = {worker.worker_id: worker for worker in view.workers}
+    assert view.reference_distribution is not None, "a worker that finished has samples"
+    distributions = label_distributions([workers[name].label_counts for name in finished_ids])  # (n, C)
+    batch_sizes = np.array([plan.batch_size_of(name) for name in finished_ids])  # (n,)
+    return kl_nats(mixture(batch_sizes, distributions), np.array(view.reference_distribution))
