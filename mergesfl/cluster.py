@@ -17,7 +17,7 @@ from mergesfl.config import RunConfig
 from mergesfl.data import load_partition, parse_partition, save_partition
 from mergesfl.data.dataset import Dataset
 from mergesfl.data.partition import Partition
-from mergesfl.errors import ConfigError
+from mergesfl.errors import ConfigError, QuorumError
 from mergesfl.methods import CENTRAL
 from mergesfl.processes import (
     FAREWELL_SECONDS,
@@ -67,7 +67,7 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
 
     try:
         scene = set_scene(config, _partition_text(config), WallClock(), progress)
-        partition = None if config.method.name == CENTRAL else draw_partition(config, scene.dataset)
+        partition = None if config.method.name == CENTRAL else _partition_of(config, scene.dataset, resume)
         folder = prepare_folder(config, resume)
         if partition is None:
             summary = train_centrally(scene, resume, check)
@@ -90,6 +90,15 @@ def _partition_text(config: RunConfig) -> str:
         return "none"
     file = config.data.partition_file
     return config.data.partition if file is None else load_partition(file).text
+
+
+def _partition_of(config: RunConfig, dataset: Dataset, resume: bool) -> Partition:
+    """A new partition, or that of the run to resume: its workers hold the same samples as before."""
+    saved = config.run_folder / "partition.npz"
+    if resume and saved.exists():
+        data = config.data.model_copy(update={"partition_file": saved})
+        return draw_partition(config.model_copy(update={"data": data}), dataset)
+    return draw_partition(config, dataset)
 
 
 def draw_partition(config: RunConfig, dataset: Dataset) -> Partition:
@@ -158,8 +167,14 @@ def _run_threads(scene: Scene, partition: Partition, resume: bool, check: Callab
         threads.append(threading.Thread(target=daemon.run, name=worker_name(index), daemon=True))
     for thread in threads:
         thread.start()
+
+    def watch() -> None:
+        check()
+        if not any(thread.is_alive() for thread in threads):
+            raise QuorumError(f"all {len(threads)} worker threads have ended: see what they said above")
+
     try:
-        return serve(scene, endpoint, resume, check)
+        return serve(scene, endpoint, resume, watch)
     finally:
         stop.set()
         for thread in threads:

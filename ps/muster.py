@@ -76,8 +76,9 @@ class Muster:
         self.wait_for_all()
         if not self._has_samples():
             raise QuorumError(
-                f"none of the {len(self._fleet.available())} workers that are here has samples, at least one is needed: "
-                "check the partition or the workers' data sets, restart those that are lost, then go on with --resume"
+                f"none of the {len(self._fleet.available())} workers that are here has samples, at least one is "
+                "needed: check the partition or the workers' data sets, restart those that are lost, then go on with "
+                "--resume"
             )
 
     def _has_samples(self) -> bool:

@@ -50,7 +50,7 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
     if resume:
         if not saved.exists():
             raise CheckpointError(f"nothing to resume in {folder}: expected config.json there; start without --resume")
-        _check_same(json.loads(saved.read_text(encoding="utf-8")), config_values(config), folder)
+        _check_same(_read_saved(saved), config_values(config), folder)
     elif journal.exists() and journal.stat().st_size and not overwrite:
         raise ConfigError(
             f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, "
@@ -69,6 +69,18 @@ def prepare_folder(config: RunConfig, resume: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.json", json.dumps(config_values(config), indent=2).encode())
     return folder
+
+
+def _read_saved(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): restore it from a copy, or start without --resume"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged (expected an object): restore it from a copy")
+    return values
 
 
 def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, prefix: str = "") -> None:

@@ -14,6 +14,7 @@ from mergesfl.control.estimates import Estimates
 from mergesfl.data import load_dataset
 from mergesfl.data.dataset import Dataset
 from mergesfl.data.sampling import Batches
+from mergesfl.errors import ConfigError
 from mergesfl.methods import CENTRAL, find_method
 from mergesfl.methods.base import MethodSettings, copy_state
 from mergesfl.methods.central import train_round
@@ -102,6 +103,12 @@ def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progres
         config.data.dataset, download=config.data.download, image_size_pixels=config.data.image_size_pixels
     )
     network = build_network(config, dataset)
+    sample_bytes = 4 * math.prod(network.feature_shape(dataset.sample_shape))
+    if (config.control.ingress_budget_bytes or sample_bytes) < sample_bytes:
+        raise ConfigError(
+            f"ingress budget of {config.control.ingress_budget_bytes} bytes per step is less than one sample at the "
+            f"cut, {sample_bytes} bytes: raise control.ingress_budget_bytes or cut where features are smaller"
+        )
     recorder = Recorder(config, dataset, partition, progress)
     return Scene(config, dataset, network.to(device), device, clock, recorder, progress)
 
@@ -109,10 +116,7 @@ def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progres
 def serve(scene: Scene, endpoint: ServerEndpoint, resume: bool, check: Callable[[], None]) -> dict[str, Any]:
     """Runs the parameter server on an endpoint that is already bound; closes it. Returns the summary."""
     config, network, dataset = scene.config, scene.network, scene.dataset
-    network.eval()
-    with torch.no_grad():
-        feature = network.bottom(torch.zeros(1, *dataset.sample_shape, device=scene.device))  # (1, F...)
-    feature_shape = tuple(feature.shape[1:])
+    feature_shape = network.feature_shape(dataset.sample_shape)
     fleet = Fleet(dataset.num_classes, dataset.sample_shape, Estimates(config.control.estimate_memory))
     welcome = Welcome(config.model.name, network.cut, dataset.num_classes, dataset.sample_shape, config.seed)
     switchboard = Switchboard(endpoint, fleet, welcome, 4 * math.prod(feature_shape), check)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mergesfl.errors import MergeSFLError, RemoteProtocolError, TransportError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
+from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
     Features,
@@ -69,6 +70,7 @@ class Switchboard:
         self._check = check
         self.ingress_bytes = 0
         self.egress_bytes = 0
+        self.num_messages = 0
         self.num_refused_messages = 0
 
     def receive(self, timeout_seconds: float) -> tuple[Member, Features | Update] | None:
@@ -92,6 +94,7 @@ class Switchboard:
             self._handle(*arrived)
 
     def _handle(self, peer: bytes, frames: Sequence[Frame]) -> tuple[Member, Features | Update] | None:
+        self.num_messages += 1
         self.ingress_bytes += wire_bytes(frames)
         member = self._fleet.by_peer.get(peer)
         try:
@@ -106,7 +109,8 @@ class Switchboard:
         except RemoteProtocolError as error:
             self.num_refused_messages += 1
             if member is None:
-                log.debug("refused a message of an unknown peer: %s", error)
+                log.info("refused a message of an unknown peer: %s", error)
+                self._answer(peer, Refuse(clipped(str(error))))
             else:
                 self.expel(member, error)
             return None
@@ -127,7 +131,7 @@ class Switchboard:
     def expel(self, member: Member, error: RemoteProtocolError) -> None:
         """Closes the session of a worker that broke the protocol and tells it why."""
         log.warning("worker '%s' is closed: %s", member.worker_id, error)
-        self.send(member, Refuse(str(error)[:1000]))
+        self.send(member, Refuse(clipped(str(error))))
         self._fleet.remove(member, str(error))
 
     def say_goodbye(self, reason: str) -> None:
@@ -161,7 +165,7 @@ class Switchboard:
             self._admit(peer, message)
         except RemoteProtocolError as error:
             log.warning("registration refused: %s", error)
-            self._answer(peer, Refuse(str(error)[:1000]))
+            self._answer(peer, Refuse(clipped(str(error))))
 
     def _admit(self, peer: bytes, message: Register) -> None:
         if message.protocol_version != PROTOCOL_VERSION:

@@ -99,6 +99,15 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
         check_folder(small_config(tmp_path), True, False)
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "\x00"])
+def test_a_damaged_configuration_is_named_at_a_resume(tmp_path: Path, damage: str) -> None:
+    used_folder(tmp_path)
+    config = small_config(tmp_path)
+    (config.run_folder / "config.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        check_folder(config, True, False)
+
+
 @pytest.mark.parametrize(
     ("setting", "name"),
     [
@@ -315,6 +324,14 @@ def test_the_console_shows_each_round_and_the_summary(tmp_path: Path) -> None:
     run_cluster(config, False, False, Console(file=out, width=200), StopFlag())
     assert "round    1  accuracy" in out.getvalue() and "round    2  accuracy" in out.getvalue()
     assert "final_accuracy" in out.getvalue() and str(config.run_folder) in out.getvalue()
+
+
+def test_a_resumed_run_keeps_its_partition(tmp_path: Path) -> None:
+    config = small_config(tmp_path, *DECLARED, "training.num_rounds=1")
+    play(config)
+    more = small_config(tmp_path, "training.num_rounds=2", "cluster.num_workers=4")
+    with pytest.raises(ConfigError, match="is for 3 workers, this run has 4"):
+        run_cluster(more, True, False, Console(quiet=True), StopFlag())
 
 
 def test_a_saved_partition_is_used_and_checked(tmp_path: Path) -> None:

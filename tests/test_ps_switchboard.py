@@ -156,13 +156,16 @@ def test_a_stranger_that_is_gone_before_the_answer_does_no_harm() -> None:
     assert desk.board.egress_bytes == 0
 
 
-def test_garbage_of_a_stranger_is_counted_and_ignored() -> None:
+def test_garbage_of_a_stranger_is_counted_and_answered_with_the_reason() -> None:
+    """Not silence: a worker of another protocol version cannot be read here, and its operator must learn why."""
     desk = Desk()
     worker = desk.hub.worker()
     for number in range(1, 4):
         assert desk.say(worker, [b"\x00garbage", b"more"]) is None
         assert desk.board.num_refused_messages == number
-    assert heard(worker) == []
+    answers = heard(worker)
+    assert [type(answer) for answer in answers] == [Refuse] * 3
+    assert "is no msgpack" in str(answers[0])
     assert desk.fleet.by_peer == {}
 
 
@@ -287,9 +290,11 @@ def test_bytes_are_those_of_the_frames_in_both_directions() -> None:
     desk = Desk()
     worker, member = desk.join()
     noise = [b"12345", b"678"]
-    desk.say(desk.hub.worker(), noise)
+    stranger = desk.hub.worker()
+    desk.say(stranger, noise)
+    (refusal,) = heard(stranger)
     gradient = Gradient(100, 0, 0.1, np.zeros((1, 2), np.float32))
-    sent: list[Message] = [WELCOME, ASSIGN, gradient]
+    sent: list[Message] = [WELCOME, refusal, ASSIGN, gradient]
     received: list[Message] = [registration("a"), READY, FEATURES]
     desk.board.send(member, ASSIGN)
     desk.say(worker, FEATURES)

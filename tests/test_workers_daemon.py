@@ -55,7 +55,7 @@ from tests.memory_cluster import (
     without,
     write_dataset,
 )
-from workers.daemon import Daemon, DaemonSettings
+from workers.daemon import Daemon, DaemonSettings, WorkFailedError
 from workers.link import RefusedError
 from workers.local_data import LocalData, load_local_data, share_of
 from workers.pace import DeclaredPace
@@ -367,6 +367,15 @@ def test_an_unknown_method_is_left_with_the_reason(stages: Callable[..., Stage])
     stage.say(assign(100, SPLIT, method="mergefsl"))
     assert "unknown method 'mergefsl'" in stage.expect(Leave).reason
     assert isinstance(stage.ended(), ConfigError)
+
+
+def test_a_round_that_cannot_be_computed_is_left_with_the_reason(stages: Callable[..., Stage]) -> None:
+    """A state of another model than the one that was agreed on (or no memory left): no traceback, no silence."""
+    stage = stages()
+    stage.join()
+    stage.say(replace(assign(100, SPLIT), state={"other.weight": np.zeros(3, np.float32)}))
+    assert "round 2 failed on this worker: " in stage.expect(Leave).reason
+    assert isinstance(stage.ended(), WorkFailedError)
 
 
 def registering(stage: Stage) -> None:

@@ -27,7 +27,6 @@ from mergesfl.protocol.messages import (
 from mergesfl.transport.base import Frames
 from tests.memory_cluster import FEATURE_SHAPE, SAMPLE_SHAPE, HandClock, registration
 from workers.link import (
-    MAX_REASON_LENGTH,
     PING_SECONDS,
     POLL_SECONDS,
     Link,
@@ -216,7 +215,7 @@ def test_what_the_session_does_not_allow_is_our_own_bug() -> None:
 def test_leaving_says_so_with_a_reason_of_bounded_length() -> None:
     line = Line(*WAITING)
     line.link.leave("x" * 5000)
-    assert line.endpoint.sent[-1] == Leave("x" * MAX_REASON_LENGTH)
+    assert line.endpoint.sent[-1] == Leave("x" * 4093 + "...")
 
 
 def test_leaving_without_a_session_or_a_connection_is_silent() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mergesfl
 from mergesfl.data.sampling import Batches
-from mergesfl.errors import ConfigError
+from mergesfl.errors import ConfigError, MergeSFLError
 from mergesfl.methods import find_method
 from mergesfl.methods.base import Assignment
 from mergesfl.models import build_model
@@ -34,6 +34,10 @@ from workers.pace import Pace
 _BUILD_LOCK = threading.Lock()
 
 RETRY_SECONDS = 1.0  # between the end of a session and the next registration
+
+
+class WorkFailedError(MergeSFLError):
+    """This worker could not compute its round: out of memory, or a state that does not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class Daemon:
         self._seed = 0
 
     def run(self) -> None:
-        """Serves runs until asked to stop (with `once`: until the first goodbye). Raises RefusedError, ConfigError."""
+        """Serves runs until asked to stop (with `once`: until the first goodbye).
+
+        Raises RefusedError, ConfigError, WorkFailedError.
+        """
         while True:
             link = Link(self._connect(), self._clock, self._check)
             try:
@@ -95,7 +102,7 @@ class Daemon:
                 link.leave("stopped on this device")
                 self._log.info("stopped")
                 return
-            except ConfigError as error:
+            except (ConfigError, WorkFailedError) as error:
                 link.leave(f"cannot take part: {error}")
                 raise
             finally:
@@ -151,7 +158,7 @@ class Daemon:
                 self._log.warning("released from the round: %s", release)
 
     def _build(self, welcome: Welcome) -> tuple[int, ...]:
-        """Builds the model once per kind and sends one sample through its bottom: the shape at the cut."""
+        """Builds the model once per kind; the shape of one sample at its cut."""
         if welcome.sample_shape != self._data.sample_shape:
             raise ConfigError(
                 f"the run is for samples of shape {welcome.sample_shape}, this worker holds {self._data.sample_shape}: "
@@ -164,10 +171,7 @@ class Daemon:
             self._model.to(self._device)
             self._model_key = key
         self._seed = welcome.seed
-        self._model.eval()
-        with torch.no_grad():
-            feature = self._model.bottom(torch.zeros(1, *welcome.sample_shape, device=self._device))  # (1, F...)
-        return tuple(feature.shape[1:])
+        return self._model.feature_shape(welcome.sample_shape)
 
     def _work(self, link: Link, assign: Assign) -> None:
         """One round: runs the method's `work` and reports. Raises RoundReleasedError and the ends of a session."""
@@ -184,7 +188,10 @@ class Daemon:
             state=arrays_to_state(assign.state),
             seed=seed_for(self._seed, "worker", worker_id, round_num),
         )
-        result = find_method(assign.method).work(self._model, assignment, self._on_device(batches), exchange)
+        try:
+            result = find_method(assign.method).work(self._model, assignment, self._on_device(batches), exchange)
+        except (RuntimeError, ValueError, KeyError) as error:  # out of memory, or a state that does not fit the model
+            raise WorkFailedError(f"round {round_num + 1} failed on this worker: {error}") from error
         exchange.finish(assign.num_steps)
         link.send(
             Update(

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from mergesfl.errors import LocalProtocolError, MergeSFLError, RemoteProtocolError
 from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Goodbye, Leave, Message, Ping, Pong, Refuse, Release, Reset
 from mergesfl.protocol.session import Arrival, Role, Session
 from mergesfl.runtime.clock import Clock
 from mergesfl.transport.base import WorkerEndpoint
 
 POLL_SECONDS = 0.2  # how soon a wish to stop is noticed
-MAX_REASON_LENGTH = 1000
 PING_SECONDS = 1.0  # a restarted parameter server learns of us, and we of its restart, within this time
 
 
@@ -71,7 +71,7 @@ class Link:
 
     def leave(self, reason: str) -> None:
         """Says that this worker goes, if there is a session and a connection to say it on."""
-        message = Leave(reason[:MAX_REASON_LENGTH])
+        message = Leave(clipped(reason))
         with contextlib.suppress(LocalProtocolError):
             self._session.send(message)
             self._endpoint.send(encode(message))
