@@ -83,8 +83,10 @@ class TrainingConfig(Section):
 class ControlConfig(Section):
     """The control module (Algorithm 1)."""
 
-    participants_per_round: PositiveInt | None = None  # None: as many as there are workers
-    ingress_budget_bytes: PositiveInt | None = None  # B per step; None: participants * batch_size * feature bytes
+    # The unregulated methods draw so many workers (None: all). Regulation is bounded by the budget B per step alone:
+    # without one B = participants * batch_size * feature bytes, so that all methods merge equally many samples.
+    participants_per_round: PositiveInt | None = None
+    ingress_budget_bytes: PositiveInt | None = None
     kl_epsilon_nats: PositiveFloat = 0.05
     estimate_memory: Fraction = 0.8  # alpha of Eq. 5 and 6
     fill_budget: Switch = True

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from mergesfl.config import RunConfig, load_config
+from mergesfl.data import load_partition
 from mergesfl.errors import ConfigError
 from mergesfl.methods import CENTRAL
 from mergesfl.runtime.clock import WallClock
@@ -42,7 +43,8 @@ def serve_config(config: RunConfig, address: str, resume: bool, overwrite: bool,
     check_folder(config, resume, overwrite)
     progress = Progress(console)
     try:
-        partition = str(config.data.partition_file) if config.data.partition_file else LOCAL_PARTITION
+        file = config.data.partition_file
+        partition = LOCAL_PARTITION if file is None else load_partition(file).text
         scene = set_scene(config, partition, WallClock(), progress)
         endpoint = bind_to(address)
         folder = prepare_folder(config, resume)

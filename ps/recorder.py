@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -25,16 +26,16 @@ from ps.tensorboard import TensorBoardWriter, open_tensorboard
 
 # What may differ between a run and its continuation: how long, where, and how it is watched; not what is computed.
 RESUMABLE_CHANGES = {
-    "name",
-    "training.num_rounds",
-    "training.evaluate_every_rounds",
-    "training.evaluation_batch_size",
-    "cluster",
-    "output",
-    "data.dataset",
-    "data.download",
-    "data.partition_file",
+    *("name", "output", "data.download", "data.partition_file"),
+    *("training.num_rounds", "training.evaluate_every_rounds", "training.evaluation_batch_size"),
+    *("cluster.transport", "cluster.device", "cluster.worker_device", "cluster.ps_threads", "cluster.worker_threads"),
+    *("cluster.start_deadline_seconds", "cluster.step_deadline_seconds", "cluster.quorum_fraction"),
+    *("cluster.max_void_rounds", "cluster.slowdowns"),
 }
+OWN_NAMES = (
+    *("config.json", "journal.jsonl", "summary.json", "cluster.json", "partition.npz", "partition.json"),
+    *("partition.png", "accuracy.png", "batch_sizes.png", "checkpoints", "tensorboard", "model", "workers"),
+)
 
 log = logging.getLogger("ps")
 
@@ -51,7 +52,12 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
         if not saved.exists():
             raise CheckpointError(f"nothing to resume in {folder}: expected config.json there; start without --resume")
         _check_same(_read_saved(saved), config_values(config), folder)
-    elif journal.exists() and journal.stat().st_size and not overwrite:
+        return
+    if saved.exists() and not _is_ours(saved):
+        raise ConfigError(
+            f"{folder} holds a config.json that is not of a run: choose another name with --set name=NAME"
+        )
+    if journal.exists() and journal.stat().st_size and not overwrite:
         raise ConfigError(
             f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, "
             "or choose another name with --set name=NAME"
@@ -61,14 +67,26 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
 def prepare_folder(config: RunConfig, resume: bool) -> Path:
     """Makes the run's folder and writes its configuration there; what an earlier run left goes, unless it is resumed.
 
-    Called when everything else has been found in order, so that a wrong setting costs nobody an earlier run.
+    Called when everything else has been found in order, so that a wrong setting costs nobody an earlier run. Nothing is
+    removed but what runs write.
     """
     folder = config.run_folder
-    if not resume and (folder / "config.json").exists():
-        shutil.rmtree(folder)
+    for name in () if resume else OWN_NAMES:
+        old = folder / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.json", json.dumps(config_values(config), indent=2).encode())
     return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a config.json was written by a run (of any version)."""
+    with contextlib.suppress(CheckpointError):
+        return {"method", "training", "cluster"} <= _read_saved(path).keys()
+    return False
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
@@ -90,6 +108,8 @@ def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, 
             continue
         if isinstance(value, Mapping) and isinstance(saved[key], Mapping):
             _check_same(saved[key], value, folder, name + ".")
+        elif name == "data.dataset" and str(saved[key]).partition(":")[0] == str(value).partition(":")[0]:
+            continue  # the same data in another place
         elif saved[key] != value:
             raise CheckpointError(
                 f"cannot resume {folder}: {name} was {saved[key]!r} and is {value!r} now; set it back, "
@@ -167,7 +187,14 @@ class Recorder:
             plot_accuracy(folder / "accuracy.png", records, title)
             plot_batch_sizes(folder / "batch_sizes.png", records, worker_names, title)
         if config.output.export:
-            metadata = {"method": str(values["method"]), "dataset": self._dataset.name, "cut": network.cut}
+            scale = self._dataset.scale
+            facts = {"divisor": scale.divisor, "mean": scale.mean, "std": scale.std}
+            metadata = {
+                "method": str(values["method"]),
+                "dataset": self._dataset.name,
+                "cut": network.cut,
+                "scale": json.dumps(facts),  # input = (stored / divisor - mean) / std, per channel
+            }
             export_model(
                 folder / "model", network.to("cpu"), self._dataset.sample_shape, self._dataset.class_names, metadata
             )

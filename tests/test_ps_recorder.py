@@ -8,13 +8,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from mergesfl.cluster import run_cluster
 from mergesfl.config import RunConfig, config_values, load_config
-from mergesfl.data import load_dataset
+from mergesfl.data import load_dataset, load_partition, parse_partition, save_partition
 from mergesfl.errors import CheckpointError, ConfigError
 from mergesfl.models import build_model
 from mergesfl.runtime.clock import WallClock
@@ -329,9 +330,15 @@ def test_the_console_shows_each_round_and_the_summary(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_its_partition(tmp_path: Path) -> None:
     config = small_config(tmp_path, *DECLARED, "training.num_rounds=1")
     play(config)
+    saved = config.run_folder / "partition.npz"
+    labels = load_dataset(config.data.dataset).train.y
+    planted = parse_partition("shards(1)").split(labels, 3, np.random.default_rng(5))
+    save_partition(saved, planted, labels, 10)
+    play(small_config(tmp_path, *DECLARED, "training.num_rounds=2"), resume=True)
+    assert load_partition(saved).text == "shards(1)"
     more = small_config(tmp_path, "training.num_rounds=2", "cluster.num_workers=4")
-    with pytest.raises(ConfigError, match="is for 3 workers, this run has 4"):
-        run_cluster(more, True, False, Console(quiet=True), StopFlag())
+    with pytest.raises(CheckpointError, match=r"cluster\.num_workers was 3 and is 4 now"):
+        play(more, resume=True)
 
 
 def test_a_saved_partition_is_used_and_checked(tmp_path: Path) -> None:

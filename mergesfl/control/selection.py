@@ -22,10 +22,8 @@ from mergesfl.control.plan import RoundPlan
 from mergesfl.control.searching import brute_force
 from mergesfl.errors import ConfigError
 
-# Up to here all 2^N sets are tried, in a few ms: faster than the genetic search, and the best there is. [ours]
-EXACT_MAX_WORKERS = (
-    12  # up to here all 2^N sets are tried, about 2 ms: faster than the genetic search, and the best [ours]
-)
+# Up to here all 2^N sets are tried, in about 2 ms: faster than the genetic search, and the best there is. [ours]
+EXACT_MAX_WORKERS = 12
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mergesfl.methods.base import Batches, MethodSettings
 from mergesfl.seeding import seed_for
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
 
 SUMMARY = "one process, all data: the reference"
@@ -41,7 +42,7 @@ def train_round(
         seed_dropout(network.bottom, seed_for(worker_seed, "step", step))
         seed_dropout(network.top, seed_for(s.seed, "top", round_num, step))
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(network(x), y)
+        loss = functional.cross_entropy(forward_any(network, x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss_sum_nats += float(loss.detach()) * len(y)

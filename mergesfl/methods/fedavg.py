@@ -39,6 +39,7 @@ from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
 
 
@@ -86,8 +87,9 @@ class FedAvgProgram:
         """Data-weighted mean of the models; the loss is the mean over the samples trained."""
         weights = [float(self._num_samples[update.worker_id]) for update in updates]
         self.load_state_dict(weighted_mean([update.state for update in updates], weights))
-        num_samples = sum(update.num_samples for update in updates)
-        return sum(u.metrics.get("loss_nats", 0.0) * u.num_samples for u in updates) / num_samples
+        told = [update for update in updates if "loss_nats" in update.metrics]  # a loss that is not finite is not sent
+        num_samples = sum(update.num_samples for update in told)
+        return sum(u.metrics["loss_nats"] * u.num_samples for u in told) / num_samples if told else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The global model."""
@@ -109,7 +111,7 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
         x, y = next(batches)  # (d_i, *sample), (d_i,)
         seed_dropout(model, seed_for(assignment.seed, "step", step))
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(model(x), y)
+        loss = functional.cross_entropy(forward_any(model, x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         num_samples += len(y)

@@ -32,6 +32,7 @@ from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
 
 
@@ -146,11 +147,11 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
     for step in range(assignment.num_steps):
         x, y = next(batches)  # (d_i, *sample), (d_i,)
         seed_dropout(bottom, seed_for(assignment.seed, "step", step))
-        z = bottom(x)  # (d_i, F...)
+        z = forward_any(bottom, x)  # (d_i, F...)
         gradient = exchange(step, z.detach(), y)  # (d_i, F...)
         if optimizer is not None:
             optimizer.zero_grad(set_to_none=True)
-            z.backward(gradient)
+            z.backward(gradient)  # type: ignore[no-untyped-call]
             optimizer.step()
         num_samples += len(y)
     return WorkResult(copy_state(bottom.state_dict()), num_samples, {})

@@ -24,7 +24,7 @@ from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.control.selection import plan_uniform
 from mergesfl.methods.base import Method, MethodSettings, StepFeatures
-from mergesfl.methods.split_program import SplitProgram, TopTrainer, work
+from mergesfl.methods.split_program import SplitProgram, work
 from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
@@ -75,11 +75,6 @@ class TopPerWorker:
 
 class UniformSplitProgram(SplitProgram):
     """Random selection, same batch size, data-weighted bottoms; the base of the SplitFed methods."""
-
-    def __init__(
-        self, network: SplitModel, settings: MethodSettings, device: torch.device, trainer: TopTrainer
-    ) -> None:
-        super().__init__(network, settings, device, trainer)
 
     def plan(self, round_num: int, fleet: FleetView, generator: np.random.Generator) -> RoundPlan:
         """Draws the participants at random."""

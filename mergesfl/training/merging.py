@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergesfl.errors import RemoteProtocolError
+from mergesfl.training.singles import forward_any
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def merged_step(
     merged, targets = merge_features(features, labels)  # (D, F...), (D,)
     merged.requires_grad_()
     optimizer.zero_grad(set_to_none=True)
-    loss = functional.cross_entropy(top(merged), targets)
+    loss = functional.cross_entropy(forward_any(top, merged), targets)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert merged.grad is not None
