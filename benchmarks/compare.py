@@ -1,7 +1,7 @@
 """Runs several methods over several seeds on one configuration and writes one table.
 
 python -m benchmarks.compare CONFIG.toml --methods mergesfl,fedavg --seeds 0,1,2 --out runs/compare
-A run whose summary.json exists is not repeated, so an interrupted comparison goes on where it stopped.
+A run that is done, with the same configuration, is not repeated: an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ from typing import Annotated, Any
 
 import typer
 
+from mergesfl.config import RunConfig, config_values, load_config
+
 COLUMNS = ("final_accuracy", "best_accuracy", "ingress_bytes", "egress_bytes", "merged_kl_nats_mean", "wall_seconds")
+
+
+def is_same(saved: Path, wanted: RunConfig) -> bool:
+    """Whether a run that is there was made with this configuration."""
+    return bool(json.loads(saved.read_text(encoding="utf-8")) == config_values(wanted))
 
 
 def run_one(config: Path, method: str, seed: int, out: Path, settings: list[str]) -> dict[str, Any]:
     """One run as a user starts it; returns its summary."""
     name = f"{method}-seed{seed}"
     summary = out / name / "summary.json"
-    if not summary.exists():
+    base, *switches_off = method.split("-without-")
+    choices = [f"name={name}", f"seed={seed}", f"output.folder={out}", f"method.name={base}", *settings]
+    choices += [f"method.{switch}=false" for switch in switches_off]
+    if not (summary.exists() and is_same(out / name / "config.json", load_config(config, choices))):
         command = [sys.executable, "-m", "mergesfl", "run", str(config), "--overwrite"]
-        base, *switches_off = method.split("-without-")
-        choices = [f"name={name}", f"seed={seed}", f"output.folder={out}", f"method.name={base}", *settings]
-        choices += [f"method.{switch}=false" for switch in switches_off]
         subprocess.run([*command, *(part for choice in choices for part in ("--set", choice))], check=True)
     values: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
     return values

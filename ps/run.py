@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ from ps.progress import Progress
 from ps.recorder import Recorder
 from ps.server import Server
 from ps.switchboard import InterruptedRunError, Switchboard
+
+log = logging.getLogger("ps")
 
 CENTRAL_WORKER_ID = "worker-00"  # the central run draws the batches that a single worker of this name would draw
 
@@ -94,8 +98,23 @@ def build_network(config: RunConfig, dataset: Dataset) -> SplitModel:
     )
 
 
+def require_extras(config: RunConfig) -> None:
+    """What a run needs beyond the core install, looked for before it starts and not after it has trained.
+
+    Raises ConfigError naming the package and the extra.
+    """
+    needs = {"safetensors": "checkpoints", **({"matplotlib": "pictures"} if config.output.plots else {})}
+    for package, purpose in needs.items():
+        if importlib.util.find_spec(package) is None:
+            spare = " or set output.plots=false" if package == "matplotlib" else ""
+            raise ConfigError(f"{package} is not installed ({purpose}): pip install 'mergesfl[ps]'{spare}")
+    if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        log.warning("tensorboard is not installed, no events are written: pip install 'mergesfl[ps]'")
+
+
 def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progress) -> Scene:
     """Loads data and model. Raises ConfigError, DataError before anything else has started."""
+    require_extras(config)
     if config.method.name != CENTRAL:
         find_method(config.method.name)
     device = resolve_device(config.cluster.device)

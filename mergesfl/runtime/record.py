@@ -53,6 +53,8 @@ class RoundRecord:
         evaluation_seconds: what the evaluation took; 0 when there was none.
         learning_rate: of the top (or of the full model) in this round.
         attempt: 1, and one more for each time that this round was void and repeated.
+        ingress_budget_bytes: B of Eq. 10 [paper]; 0 when the method has no budget.
+        ingress_bytes_per_step: sum of d_i * c: how much of it the plan uses.
     """
 
     round_num: int
@@ -78,6 +80,8 @@ class RoundRecord:
     evaluation_seconds: float
     learning_rate: float
     attempt: int = 1
+    ingress_budget_bytes: int = 0
+    ingress_bytes_per_step: int = 0
 
     def __post_init__(self) -> None:
         lengths = {len(self.worker_ids), len(self.batch_sizes), len(self.predicted_seconds), len(self.observed_seconds)}
@@ -98,7 +102,11 @@ class RoundRecord:
         known: dict[str, Any] = {
             field.name: row[field.name] for field in dataclasses.fields(RoundRecord) if field.name in row
         }
-        missing = {field.name for field in dataclasses.fields(RoundRecord)} - known.keys() - {"attempt"}
+        missing = (
+            {field.name for field in dataclasses.fields(RoundRecord)}
+            - known.keys()
+            - {"attempt", "ingress_budget_bytes", "ingress_bytes_per_step"}
+        )
         if missing:
             raise CheckpointError(
                 f"journal line of round {row.get('round_num')} lacks {', '.join(sorted(missing))}; "
