@@ -2,8 +2,8 @@
 
 python -m benchmarks.micro.time_model runs/*/journal.jsonl
 
-For every worker and round both models predict the seconds of a step from the rounds before, then see what it took. Printed
-is the median over all predictions of |predicted - observed| / observed.
+For every worker and round both models predict the seconds of a step from the rounds before, then see what it took.
+Printed is the median over all predictions of |predicted - observed| / observed.
 """
 
 from __future__ import annotations

@@ -102,11 +102,8 @@ class RoundRecord:
         known: dict[str, Any] = {
             field.name: row[field.name] for field in dataclasses.fields(RoundRecord) if field.name in row
         }
-        missing = (
-            {field.name for field in dataclasses.fields(RoundRecord)}
-            - known.keys()
-            - {"attempt", "ingress_budget_bytes", "ingress_bytes_per_step"}
-        )
+        required = {field.name for field in dataclasses.fields(RoundRecord) if field.default is dataclasses.MISSING}
+        missing = required - known.keys()
         if missing:
             raise CheckpointError(
                 f"journal line of round {row.get('round_num')} lacks {', '.join(sorted(missing))}; "
