@@ -72,7 +72,8 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         if partition is None:
             summary = train_centrally(scene, resume, check)
         else:
-            leave_partition(partition, scene.dataset, folder, config.output.plots)
+            if not (resume and (folder / "partition.npz").exists()):
+                leave_partition(partition, scene.dataset, folder, config.output.plots)
             threads = config.cluster.worker_threads or worker_threads
             if config.cluster.transport == "memory":
                 summary = _run_threads(scene, partition, resume, check)

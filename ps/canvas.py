@@ -38,6 +38,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.0,
     "xtick.labelsize": 8.0,
     "ytick.labelsize": 8.0,
+    "text.parse_math": False,  # titles and labels come from data: "$" is a dollar
     "figure.dpi": 150,
     "savefig.dpi": "figure",
 }

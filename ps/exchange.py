@@ -5,6 +5,7 @@ Legend: d_i samples of worker i in one step, F... shape of one sample at the cut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 
 from mergesfl.control.plan import RoundPlan
-from mergesfl.errors import RemoteProtocolError
+from mergesfl.errors import MergeSFLError, RemoteProtocolError
 from mergesfl.methods.base import Setting, State, StepFeatures
+from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
 from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensor
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
 from ps.fleet import Fleet, Member
+from ps.outliers import MAX_MAGNITUDE, Outliers
 from ps.switchboard import Switchboard
 
 OVERTIME_SECONDS = 1.0  # for reading what had arrived by the deadline (this process may have been suspended)
@@ -26,6 +29,10 @@ PROBE_SECONDS = 1.0  # a killed worker is noticed within this time, long before 
 # After a while at most this much later than it was waited for already. A worker that computes reads no probes, and its
 # queue holds 64 (mergesfl.transport.settings): one per second would take a worker for dead that computes for a minute.
 PROBE_GROWTH = 0.2
+
+
+class _NotFiniteError(MergeSFLError):
+    """A worker's own arithmetic broke down: no use in this round, and no reason to close it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,13 @@ class RoundExchange:
         self._feature_shape = feature_shape
         self._num_classes = num_classes
         self._step_deadline_seconds = step_deadline_seconds
-        self._active: dict[str, Member] = {name: fleet.by_id[name] for name in plan.worker_ids}
+        self._members: dict[str, Member] = {name: fleet.by_id[name] for name in plan.worker_ids}
+        self._active = dict(self._members)
         self._assigned: dict[str, dict[str, np.ndarray]] = {}
         self._step = 0
+        self._outliers = Outliers()
+        self._magnitudes: dict[str, float] = {}  # worker_id -> max |z| of this step
+        self.not_finite = False  # somebody sent what is not finite
         self.dropped: list[DroppedWorker] = []
         self.missed_deadline: list[str] = []
         self.assigned_seconds: dict[str, float] = {}
@@ -98,8 +109,9 @@ class RoundExchange:
 
     def gather_features(self, step: int, device: torch.device) -> tuple[list[StepFeatures], dict[str, float]]:
         """Waits for the features of one step: what arrived, in plan order, and when each was received."""
-        self._step = step
+        self._step, self._magnitudes = step, {}
         arrivals = self._gather(Features, self._step_deadline_seconds)
+        self._outliers.note(self._magnitudes)
         features, received_seconds = [], {}
         for name in self._active:
             message = arrivals[name].message
@@ -124,11 +136,25 @@ class RoundExchange:
         self._step = self._plan.num_steps
         return self._gather(Update, self._step_deadline_seconds * num_silent_steps)
 
+    def expel_outliers(self) -> None:
+        """The round has become infinite: closes those whose features were out of all proportion, if there are any."""
+        for name, magnitude in self._outliers.magnitudes.items():
+            member = self._members[name]
+            if member.gone_reason is None:
+                self._switchboard.expel(
+                    member,
+                    RemoteProtocolError(
+                        f"worker '{name}' sent features up to {magnitude:.3g}, the limit is {MAX_MAGNITUDE:g} beside "
+                        "workers that send less, and the training became infinite: check its data"
+                    ),
+                )
+        self._prune()
+
     def release_all(self, reason: str) -> None:
         """Gives the round up for all who are still in it."""
         for member in self._active.values():
             if member.gone_reason is None and member.session.round_num is not None:
-                self._switchboard.send(member, Release(self._wire_round, reason))
+                self._switchboard.send(member, Release(self._wire_round, clipped(reason)))
         self._active = {}
 
     def _gather(self, kind: type[Features] | type[Update], deadline_seconds: float) -> dict[str, Arrival]:
@@ -162,11 +188,13 @@ class RoundExchange:
             self._check(member, message)
         except RemoteProtocolError as error:
             self._switchboard.expel(member, error)
+        except _NotFiniteError as error:
+            self._give_up(member, str(error))
         else:
             arrivals[member.worker_id] = Arrival(message, self._clock.now_seconds())
 
     def _check(self, member: Member, message: Features | Update) -> None:
-        """Raises RemoteProtocolError for content that would poison the run."""
+        """Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use."""
         name, batch_size = member.worker_id, self._plan.batch_size_of(member.worker_id)
         if isinstance(message, Update):
             expected_samples = batch_size * self._plan.num_steps
@@ -187,19 +215,20 @@ class RoundExchange:
                 f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, "
                 f"expected int64{(batch_size,)}"
             )
-        if not np.isfinite(message.features).all():
-            raise RemoteProtocolError(
-                f"worker '{name}' sent features that are not finite: lower training.learning_rate"
-            )
         labels = np.asarray(message.labels, dtype=np.int64)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._num_classes:
             raise RemoteProtocolError(
                 f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, "
                 f"expected 0 to {self._num_classes - 1}"
             )
+        features = message.features
+        magnitude = float(max(features.max(), -features.min())) if features.size else 0.0  # NaN: both are NaN
+        if not math.isfinite(magnitude):
+            raise _NotFiniteError(f"worker '{name}' sent features that are not finite")
+        self._magnitudes[name] = magnitude
 
     def _check_state(self, name: str, state: Mapping[str, np.ndarray]) -> None:
-        """A trained state has the names, shapes and dtypes of the one that was assigned, and only finite numbers."""
+        """A trained state has the names, shapes and dtypes of the one that was assigned, and finite numbers."""
         assigned = self._assigned[name]
         if state.keys() != assigned.keys():
             odd = sorted(state.keys() ^ assigned.keys())[:3]
@@ -210,10 +239,17 @@ class RoundExchange:
                     f"worker '{name}' sent '{key}' as {array.dtype}{array.shape}, "
                     f"expected {assigned[key].dtype}{assigned[key].shape}"
                 )
+        for key, array in state.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise RemoteProtocolError(
-                    f"worker '{name}' sent a state whose '{key}' is not finite: lower training.learning_rate"
-                )
+                raise _NotFiniteError(f"worker '{name}' sent a state whose '{key}' is not finite")
+
+    def _give_up(self, member: Member, reason: str) -> None:
+        """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""
+        del self._active[member.worker_id]
+        self.not_finite = True
+        self.dropped.append(DroppedWorker(member.worker_id, self._step, reason))
+        if member.session.round_num is not None:  # after an Update there is nothing to drop
+            self._switchboard.send(member, Release(self._wire_round, clipped(reason)))
 
     def _miss(self, name: str, deadline_seconds: float) -> None:
         """A worker that is reachable but too slow: released, and not chosen again before it has been heard."""

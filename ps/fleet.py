@@ -18,7 +18,8 @@ class Member:
     """One worker's session.
 
     Attributes:
-        peer: its address on the endpoint; None once it is gone.
+        peer: its address on the endpoint.
+        registered_seconds: when, on the server's clock.
         ready: it has built the model and may be chosen.
         silent: it missed a deadline and has not been heard since; not chosen until it speaks again.
     """
@@ -29,6 +30,7 @@ class Member:
     device: str
     num_samples: int
     label_counts: tuple[int, ...]
+    registered_seconds: float = 0.0
     ready: bool = False
     silent: bool = False
     gone_reason: str | None = None
@@ -39,42 +41,77 @@ class Fleet:
     """All workers, those away included, keyed by worker_id.
 
     Args:
-        num_classes: C of the run; a worker that holds a label beyond it is refused.
+        class_names: (C,) of the run in label order; a worker that holds samples of another class is refused.
         sample_shape: shape of one sample of the run.
         estimates: the smoothed speeds (Eq. 5 and 6).
+        max_workers: so many ids are known at most, those away included, and so many are not ready at a time: what
+            strangers can add to Phi_0, to the checkpoint and to memory is bounded.
     """
 
-    num_classes: int
+    class_names: tuple[str, ...]
     sample_shape: tuple[int, ...]
     estimates: Estimates
+    max_workers: int
     by_peer: dict[bytes, Member] = field(default_factory=dict)
     by_id: dict[str, Member] = field(default_factory=dict)
     known_label_counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     participations: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def num_classes(self) -> int:
+        """C of the run."""
+        return len(self.class_names)
+
     def admit(self, peer: bytes, message: Register, session: Session) -> Member:
         """Checks what a worker says of itself and adds it. Raises RemoteProtocolError: what is wrong, what to do."""
-        counts = message.label_counts
         if message.sample_shape != self.sample_shape:
             raise RemoteProtocolError(
                 f"worker '{message.worker_id}' holds samples of shape {message.sample_shape}, this run is for "
                 f"{self.sample_shape}: start it with the data set of the run"
             )
-        if len(counts) > self.num_classes and any(counts[self.num_classes :]):
+        names = message.class_names
+        if len(names) != len(message.label_counts) or len(set(names)) != len(names):
             raise RemoteProtocolError(
-                f"worker '{message.worker_id}' holds labels up to {len(counts) - 1}, this run has {self.num_classes} "
-                "classes: start it with the data set of the run"
+                f"worker '{message.worker_id}' counts {len(message.label_counts)} labels under {len(names)} names, "
+                f"{len(set(names))} of them distinct: give each class a name of its own"
             )
-        counts = (counts + (0,) * self.num_classes)[: self.num_classes]
+        count_of = dict(zip(names, message.label_counts, strict=True))
+        known = frozenset(self.class_names)
+        strange = next((name for name in names if count_of[name] and name not in known), None)
+        if strange is not None:
+            raise RemoteProtocolError(
+                f"worker '{message.worker_id}' holds samples of class '{strange}', this run knows the "
+                f"{self.num_classes} classes {', '.join(self.class_names)}: start it with data of the run, or give its "
+                "classes the names of the run (npz: the member 'classes')"
+            )
+        counts = tuple(count_of.get(name, 0) for name in self.class_names)
         if sum(counts) != message.num_samples:
             raise RemoteProtocolError(
                 f"worker '{message.worker_id}' holds {message.num_samples} samples but counts {sum(counts)} labels"
             )
+        self._check_room(message.worker_id)
         member = Member(message.worker_id, peer, session, message.device, message.num_samples, counts)
         self.by_peer[peer] = member
         self.by_id[member.worker_id] = member
-        self.known_label_counts[member.worker_id] = counts
         return member
+
+    def get_ready(self, member: Member) -> None:
+        """The worker may be chosen from now on, and its labels count for Phi_0. Raises RemoteProtocolError."""
+        self._check_room(member.worker_id)
+        self.known_label_counts[member.worker_id] = member.label_counts
+        member.ready = True
+
+    def not_ready(self) -> list[Member]:
+        """The workers that have registered and not said more."""
+        return [member for member in self.by_peer.values() if not member.ready]
+
+    def _check_room(self, worker_id: str) -> None:
+        num_known = len(self.known_label_counts)
+        if num_known >= self.max_workers and worker_id not in self.known_label_counts:
+            raise RemoteProtocolError(
+                f"{num_known} different worker ids have taken part in this run, the limit is {self.max_workers} "
+                "(10 * cluster.num_workers + 1000): start the worker under one of its earlier --id"
+            )
 
     def remove(self, member: Member, reason: str) -> None:
         """Takes a worker out; what is known of it stays."""

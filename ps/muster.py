@@ -52,7 +52,7 @@ class Muster:
         self._progress.waiting(num_here, cluster.num_workers)
 
     def wait_for_quorum(self) -> None:
-        """After a void round: until enough workers are here again. Raises QuorumError after the start deadline."""
+        """Until enough workers are here (again). Raises QuorumError after the start deadline."""
         cluster = self._cluster
         needed = self.quorum_of(cluster.num_workers)
         end_seconds = self._clock.now_seconds() + cluster.start_deadline_seconds
@@ -65,12 +65,13 @@ class Muster:
             self._switchboard.receive(1.0)
 
     def call(self) -> None:
-        """Before a round: takes in who joined or left meanwhile, and sees that somebody has samples.
+        """Before a round: takes in who joined or left meanwhile, and sees that there is a quorum with samples.
 
-        Raises QuorumError when nobody has, also after waiting.
+        Raises QuorumError when there is none, also after waiting.
         """
         self._switchboard.settle()
         self._switchboard.probe(self._fleet.available())
+        self.wait_for_quorum()
         if self._has_samples():
             return
         self.wait_for_all()

@@ -16,6 +16,10 @@ from mergesfl.runtime.journal import DroppedWorker, RoundRecord
 from mergesfl.training.evaluation import Evaluation
 from ps.exchange import Arrival, RoundExchange
 
+# The least that a worker is believed to take for computing one sample: a network of 1 MFLOP per sample keeps an AGX
+# Xavier (1.4 TFLOP/s) busy that long. Who reports less, or nothing at all, would else get all the samples. [ours]
+MIN_COMPUTE_SECONDS_PER_SAMPLE = 1e-6
+
 
 @dataclass(frozen=True)
 class WorkerSeconds:
@@ -49,7 +53,7 @@ class RoundOutcome:
     Attributes:
         plan: what was decided.
         seconds: of each worker that finished, in plan order.
-        dropped: the workers that were lost.
+        dropped: the workers that were lost, in void attempts too.
         missed_deadline: those of them that are reachable, but too slow.
         train_loss_nats: mean over the steps, if the method has one.
         num_samples_trained: that went into a step of the top (or of a full model).
@@ -67,12 +71,12 @@ class RoundOutcome:
     planning_seconds: float
 
     def teach(self, estimates: Estimates, step_deadline_seconds: float) -> None:
-        """Smooths the observed speeds in (Eq. 5 and 6); who missed the deadline took at least that long [ours]."""
+        """Smooths the observed speeds in (Eq. 5 and 6)."""
         for name, seconds in self.seconds.items():
             num_samples = self.plan.batch_size_of(name) * self.plan.num_steps
-            estimates.observe(name, seconds.compute_seconds / num_samples, seconds.transfer_seconds / num_samples)
-        for name in self.missed_deadline:
-            estimates.observe(name, step_deadline_seconds / self.plan.batch_size_of(name), 0.0)
+            compute_seconds = max(seconds.compute_seconds / num_samples, MIN_COMPUTE_SECONDS_PER_SAMPLE)
+            estimates.observe(name, compute_seconds, seconds.transfer_seconds / num_samples)
+        teach_missed(estimates, self.plan, self.missed_deadline, step_deadline_seconds)
 
     def record(self, evaluation: Evaluation | None, accounts: Accounts) -> RoundRecord:
         """The line of the journal."""
@@ -103,6 +107,14 @@ class RoundOutcome:
             learning_rate=accounts.learning_rate,
             attempt=accounts.attempt,
         )
+
+
+def teach_missed(
+    estimates: Estimates, plan: RoundPlan, missed_deadline: Sequence[str], step_deadline_seconds: float
+) -> None:
+    """Who missed the deadline took at least that long [ours]; also true of a round that is void."""
+    for name in missed_deadline:
+        estimates.observe(name, step_deadline_seconds / plan.batch_size_of(name), 0.0)
 
 
 def observed_seconds(plan: RoundPlan, exchange: RoundExchange, updates: dict[str, Arrival]) -> dict[str, WorkerSeconds]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -60,7 +61,7 @@ class Progress:
         accuracy = "   -  " if record.accuracy is None else f"{100 * record.accuracy:5.2f}%"
         loss = "  -  " if record.train_loss_nats is None else f"{record.train_loss_nats:5.3f}"
         kl = "  -  " if record.merged_kl_nats is None else f"{record.merged_kl_nats:.3f}"
-        dropped = "".join(f" [red]lost {lost.worker_id}[/red]" for lost in record.dropped)
+        dropped = "".join(f" [red]lost {escape(lost.worker_id)}[/red]" for lost in record.dropped)
         again = f" [yellow]attempt {record.attempt}[/yellow]" if record.attempt > 1 else ""
         self._console.print(
             f"round {record.round_num + 1:4d}  accuracy {accuracy}  train loss {loss}  "
@@ -74,14 +75,16 @@ class Progress:
     def finished(self, summary: Mapping[str, Any], folder: str) -> None:
         """The table at the end."""
         self.close()
-        table = Table(title=f"{summary['method']} on {summary['dataset']}", show_header=False, title_justify="left")
+        title = escape(f"{summary['method']} on {summary['dataset']}")
+        table = Table(title=title, show_header=False, title_justify="left")
         for key, value in summary.items():
             text = f"{value:.4f}" if isinstance(value, float) else str(value)
             if key.endswith("_bytes") and value is not None:
                 text = f"{value} ({bytes_text(float(value))})"
-            table.add_row(key, text)
+            table.add_row(key, escape(text))
         self._console.print(table)
-        self._console.print(f"everything about this run is in [bold]{folder}[/bold]", highlight=False, soft_wrap=True)
+        where = f"everything about this run is in [bold]{escape(folder)}[/bold]"
+        self._console.print(where, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Takes the bar off the terminal."""

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -136,9 +136,26 @@ def serve(scene: Scene, endpoint: ServerEndpoint, resume: bool, check: Callable[
     """Runs the parameter server on an endpoint that is already bound; closes it. Returns the summary."""
     config, network, dataset = scene.config, scene.network, scene.dataset
     feature_shape = network.feature_shape(dataset.sample_shape)
-    fleet = Fleet(dataset.num_classes, dataset.sample_shape, Estimates(config.control.estimate_memory))
-    welcome = Welcome(config.model.name, network.cut, dataset.num_classes, dataset.sample_shape, config.seed)
-    switchboard = Switchboard(endpoint, fleet, welcome, 4 * math.prod(feature_shape), check)
+    max_workers = 10 * config.cluster.num_workers + 1000  # room for workers that come and go [ours]
+    fleet = Fleet(dataset.class_names, dataset.sample_shape, Estimates(config.control.estimate_memory), max_workers)
+    welcome = Welcome(
+        config.model.name,
+        network.cut,
+        dataset.class_names,
+        dataset.sample_shape,
+        config.seed,
+        stored_type=dataset.train.x.dtype.name,
+        **asdict(dataset.scale),
+    )
+    switchboard = Switchboard(
+        endpoint,
+        fleet,
+        welcome,
+        4 * math.prod(feature_shape),
+        check,
+        scene.clock,
+        config.cluster.start_deadline_seconds,
+    )
     program = find_method(config.method.name).make_server(network, method_settings(config), scene.device)
     reason = "the parameter server stopped"
     try:

@@ -1,7 +1,8 @@
 """The round loop of the parameter server: wait for workers, plan, work, close, evaluate, record; again.
 
 A round that loses workers goes on with the rest. When fewer than the quorum of its plan are left, the round is void:
-the program goes back to where the round began, and the round is planned anew with the workers that are there then.
+the program goes back to where the round began, and the round is planned anew with the workers that are there then. The
+same happens when the training becomes infinite; a worker whose features were out of all proportion is then put out.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from mergesfl.methods.base import ServerProgram, WorkerUpdate
 from mergesfl.protocol.messages import Update
 from mergesfl.runtime.arrays import arrays_to_state
 from mergesfl.runtime.clock import Clock
-from mergesfl.runtime.journal import RoundRecord
+from mergesfl.runtime.journal import DroppedWorker, RoundRecord
 from mergesfl.seeding import generator_for
 from mergesfl.training.evaluation import Evaluation
 from mergesfl.training.schedule import learning_rate
 from ps.exchange import Arrival, RoundExchange
 from ps.fleet import Fleet
 from ps.muster import Muster
-from ps.outcome import Accounts, RoundOutcome, merged_kl_nats, observed_seconds
+from ps.outcome import Accounts, RoundOutcome, merged_kl_nats, observed_seconds, teach_missed
 from ps.progress import Progress
 from ps.recorder import Recorder
 from ps.switchboard import InterruptedRunError, Switchboard
@@ -39,6 +40,10 @@ log = logging.getLogger("ps")
 
 class VoidRoundError(MergeSFLError):
     """Too few workers of a plan are left."""
+
+
+class InfiniteRoundError(VoidRoundError):
+    """The training has left the finite numbers."""
 
 
 class Server:
@@ -90,7 +95,8 @@ class Server:
         next_round = self._restore() if resume else 0
         self._recorder.open(next_round)
         self._progress.started(next_round, config.training.num_rounds)
-        self._muster.wait_for_all()
+        if next_round < config.training.num_rounds:
+            self._muster.wait_for_all()
         last_safe_state = self._program.state_dict()
         try:
             while next_round < config.training.num_rounds:
@@ -130,17 +136,25 @@ class Server:
         cluster = self._config.cluster
         safe_state = self._program.state_dict()
         begin_bytes = (self._switchboard.ingress_bytes, self._switchboard.egress_bytes)
+        begin_seconds = self._clock.now_seconds()
+        dropped: list[DroppedWorker] = []  # of all attempts
+        is_infinite = False
         for attempt in range(1, cluster.max_void_rounds + 1):
             self._muster.call()
-            begin_seconds = self._clock.now_seconds()
             try:
-                outcome = self._attempt(round_num, attempt)
+                outcome = self._attempt(round_num, attempt, dropped)
             except VoidRoundError as void:
                 log.warning("round %d is void: %s; repeating it", round_num, void)
                 self._program.load_state_dict(safe_state)
-                self._muster.wait_for_quorum()
+                is_infinite = isinstance(void, InfiniteRoundError)
             else:
                 return self._close_round(outcome, attempt, begin_seconds, begin_bytes)
+        if is_infinite:
+            raise QuorumError(
+                f"round {round_num} was void {cluster.max_void_rounds} times in a row (cluster.max_void_rounds), the "
+                "last time because the training left the finite numbers: start a new run with training.learning_rate "
+                f"below {self._config.training.learning_rate:g}"
+            )
         raise QuorumError(
             f"round {round_num} was void {cluster.max_void_rounds} times in a row (cluster.max_void_rounds): see why "
             "the workers are lost, then go on with --resume"
@@ -149,8 +163,8 @@ class Server:
     def _view(self) -> FleetView:
         return self._fleet.view(self._feature_bytes_per_sample)
 
-    def _attempt(self, round_num: int, attempt: int) -> RoundOutcome:
-        """One try at one round. Raises VoidRoundError, InterruptedRunError."""
+    def _attempt(self, round_num: int, attempt: int, dropped: list[DroppedWorker]) -> RoundOutcome:
+        """One try at one round; adds those it lost to `dropped`. Raises VoidRoundError, InterruptedRunError."""
         config, program, clock = self._config, self._program, self._clock
         view = self._view()
         planning_begin_seconds = clock.now_seconds()
@@ -179,21 +193,34 @@ class Server:
                 arrived, received_seconds = exchange.gather_features(step, self._device)
                 self._require_quorum(plan, exchange)
                 gradients = program.merge(step, arrived)
+                if not all(_is_finite(gradient) for gradient in gradients):
+                    raise InfiniteRoundError(f"a gradient of step {step} is not finite")
                 exchange.scatter_gradients(step, gradients, received_seconds)
                 num_samples_trained += sum(len(one.labels) for one in arrived)
             updates = exchange.gather_updates()
             self._require_quorum(plan, exchange)
+            worker_updates = _worker_updates(updates)
+            train_loss_nats = program.close(worker_updates)
+            if not math.isfinite(train_loss_nats or 0.0):
+                raise InfiniteRoundError(f"the training loss is {train_loss_nats}")
+            if not all(_is_finite(tensor) for tensor in program.network.joined_state_dict().values()):
+                raise InfiniteRoundError("the model is not finite")
         except (VoidRoundError, InterruptedRunError) as end:
+            if isinstance(end, InfiniteRoundError):
+                exchange.expel_outliers()
+            if isinstance(end, VoidRoundError):
+                teach_missed(
+                    self._fleet.estimates, plan, exchange.missed_deadline, config.cluster.step_deadline_seconds
+                )
+                dropped.extend(exchange.dropped)
             exchange.release_all(str(end))
             raise
-        worker_updates = _worker_updates(updates)
-        train_loss_nats = program.close(worker_updates)
         if not plan.num_exchanges:
             num_samples_trained = sum(update.num_samples for update in worker_updates)
         return RoundOutcome(
             plan=plan,
             seconds=observed_seconds(plan, exchange, updates),
-            dropped=tuple(exchange.dropped),
+            dropped=(*dropped, *exchange.dropped),
             missed_deadline=tuple(exchange.missed_deadline),
             train_loss_nats=train_loss_nats,
             num_samples_trained=num_samples_trained,
@@ -226,7 +253,12 @@ class Server:
     def _require_quorum(self, plan: RoundPlan, exchange: RoundExchange) -> None:
         needed, left = self._muster.quorum_of(len(plan.worker_ids)), len(exchange.active_ids)
         if left < needed:
-            raise VoidRoundError(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")
+            kind = InfiniteRoundError if exchange.not_finite else VoidRoundError
+            raise kind(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _worker_updates(arrivals: dict[str, Arrival]) -> list[WorkerUpdate]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mergesfl.errors import MergeSFLError, RemoteProtocolError, TransportError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
-from mergesfl.protocol.limits import clipped
+from mergesfl.protocol.limits import DEFAULT, clipped
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
     Features,
@@ -28,12 +28,19 @@ from mergesfl.protocol.messages import (
     Welcome,
 )
 from mergesfl.protocol.session import Arrival, Role, Session
+from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.process import EXIT_INTERRUPTED
 from mergesfl.transport.base import Frame, ServerEndpoint
 from ps.fleet import Fleet, Member
 
 POLL_SECONDS = 0.2  # how soon a wish to stop is noticed
 MAX_SETTLED_MESSAGES = 10_000  # between two rounds; 1,000 workers that ping every second for 10 s [ours]
+MAX_SETTLE_SECONDS = 1.0  # the same in time: a message may be large [ours]
+NUM_READY_PROBES = 20  # of a worker that builds its model; it reads nothing meanwhile, and its queue holds 64 [ours]
+# Header bytes that are read of a peer without a session: a registration has a count and a name per class, and little
+# else. Parsing costs up to 64 times as much (mergesfl/protocol/limits.py). [ours]
+STRANGER_HEADER_BYTES = 1 << 16
+STRANGER_HEADER_BYTES_PER_CLASS = 128
 
 log = logging.getLogger("ps")
 
@@ -53,6 +60,8 @@ class Switchboard:
         welcome: what every new worker is told.
         feature_bytes_per_sample: what every worker must find at the cut.
         check: called at every poll; raises InterruptedRunError when the run should end.
+        clock: measures how long workers take to get ready.
+        ready_seconds: a worker that has registered and is not ready after so long has to register again.
     """
 
     def __init__(
@@ -62,12 +71,18 @@ class Switchboard:
         welcome: Welcome,
         feature_bytes_per_sample: int,
         check: Callable[[], None],
+        clock: Clock,
+        ready_seconds: float,
     ) -> None:
         self._endpoint = endpoint
         self._fleet = fleet
         self._welcome = welcome
         self._feature_bytes_per_sample = feature_bytes_per_sample
         self._check = check
+        self._clock = clock
+        self._ready_seconds = ready_seconds
+        self._next_chase_seconds = 0.0
+        self._num_strange_messages = 0
         self.ingress_bytes = 0
         self.egress_bytes = 0
         self.num_messages = 0
@@ -76,6 +91,7 @@ class Switchboard:
     def receive(self, timeout_seconds: float) -> tuple[Member, Features | Update] | None:
         """Handles at most one message; returns it if it belongs to a round, else None. Raises InterruptedRunError."""
         self._check()
+        self._chase()
         arrived = self._endpoint.recv(min(timeout_seconds, POLL_SECONDS))
         if arrived is None:
             return None
@@ -84,10 +100,15 @@ class Switchboard:
     def settle(self) -> None:
         """Handles what has arrived, without waiting; what belongs to a round is dropped: there is none now.
 
-        At most MAX_SETTLED_MESSAGES, so that a peer that never stops talking cannot hold the run.
+        At most MAX_SETTLED_MESSAGES and for MAX_SETTLE_SECONDS, so that a peer that never stops talking cannot hold the
+        run.
         """
+        self._chase()
+        end_seconds = self._clock.now_seconds() + MAX_SETTLE_SECONDS
         for _ in range(MAX_SETTLED_MESSAGES):
             self._check()
+            if self._clock.now_seconds() >= end_seconds:
+                return
             arrived = self._endpoint.recv(0.0)
             if arrived is None:
                 return
@@ -97,22 +118,18 @@ class Switchboard:
         self.num_messages += 1
         self.ingress_bytes += wire_bytes(frames)
         member = self._fleet.by_peer.get(peer)
+        if member is None:
+            self._handle_stranger(peer, frames)
+            return None
         try:
             message = decode(frames)
-            if member is None:
-                self._handle_stranger(peer, message)
-                return None
             member.silent = False
             if member.session.receive(message) is Arrival.STALE:
                 return None  # it crossed a Release on the wire
             return self._handle_member(member, message)
         except RemoteProtocolError as error:
             self.num_refused_messages += 1
-            if member is None:
-                log.info("refused a message of an unknown peer: %s", error)
-                self._answer(peer, Refuse(clipped(str(error))))
-            else:
-                self.expel(member, error)
+            self.expel(member, error)
             return None
 
     def send(self, member: Member, message: Message) -> bool:
@@ -155,17 +172,61 @@ class Switchboard:
         self.egress_bytes += wire_bytes(frames)
         return True
 
-    def _handle_stranger(self, peer: bytes, message: Message) -> None:
+    def _chase(self) -> None:
+        """Looks after workers that have registered and are not ready: some are unreachable, some take too long."""
+        now_seconds = self._clock.now_seconds()
+        if now_seconds < self._next_chase_seconds:
+            return
+        self._next_chase_seconds = now_seconds + self._ready_seconds / NUM_READY_PROBES
+        for member in self._fleet.not_ready():
+            if now_seconds - member.registered_seconds > self._ready_seconds:
+                reason = f"not ready {self._ready_seconds:g} s after registering (cluster.start_deadline_seconds)"
+                log.warning("worker '%s' has to register again: %s", member.worker_id, reason)
+                self.send(member, Reset(reason))
+                self._fleet.remove(member, reason)
+            else:
+                self.probe([member])
+
+    def _handle_stranger(self, peer: bytes, frames: Sequence[Frame]) -> None:
         """A peer without a session may register; anything else tells it to do so."""
+        header_bytes = wire_bytes(frames[:1])
+        max_header_bytes = min(
+            STRANGER_HEADER_BYTES + STRANGER_HEADER_BYTES_PER_CLASS * self._fleet.num_classes, DEFAULT.max_header_bytes
+        )
+        if header_bytes > max_header_bytes:  # perhaps of a session with the server that was here before
+            self.num_refused_messages += 1
+            reason = f"header of {header_bytes} bytes but no session, the limit is {max_header_bytes}: register again"
+            self._note_stranger(reason)
+            self._answer(peer, Reset(reason))
+            return
+        try:
+            message = decode(frames)
+        except RemoteProtocolError as error:
+            self.num_refused_messages += 1
+            self._note_stranger(str(error))
+            self._answer(peer, Refuse(clipped(str(error))))
+            return
         if not isinstance(message, Register):
             if not isinstance(message, Leave):
                 self._answer(peer, Reset("this parameter server does not know your session: register again"))
             return
+        num_not_ready = len(self._fleet.not_ready())
+        if num_not_ready >= self._fleet.max_workers:
+            reason = f"{num_not_ready} workers are not ready, the limit is {self._fleet.max_workers}: register later"
+            self._note_stranger(reason)
+            self._answer(peer, Reset(reason))
+            return
         try:
             self._admit(peer, message)
         except RemoteProtocolError as error:
-            log.warning("registration refused: %s", error)
+            self._note_stranger(f"registration: {error}")
             self._answer(peer, Refuse(clipped(str(error))))
+
+    def _note_stranger(self, reason: str) -> None:
+        """Logs the 1st, 2nd, 4th, 8th, ... message that was refused: whoever may connect cannot fill the disk."""
+        self._num_strange_messages += 1
+        if self._num_strange_messages.bit_count() == 1:
+            log.warning("refused message %d of strangers: %s", self._num_strange_messages, clipped(reason))
 
     def _admit(self, peer: bytes, message: Register) -> None:
         if message.protocol_version != PROTOCOL_VERSION:
@@ -183,6 +244,7 @@ class Switchboard:
             self.send(older, Refuse(reason))
             self._fleet.remove(older, reason)
             self._fleet.by_id[member.worker_id] = member
+        member.registered_seconds = self._clock.now_seconds()
         self.send(member, self._welcome)
 
     def _handle_member(self, member: Member, message: Message) -> tuple[Member, Features | Update] | None:
@@ -196,7 +258,7 @@ class Switchboard:
                     f"worker '{member.worker_id}' finds {message.feature_bytes_per_sample} feature bytes per sample, "
                     f"this server {self._feature_bytes_per_sample}: install the same mergesfl on both"
                 )
-            member.ready = True
+            self._fleet.get_ready(member)
             log.info("worker '%s' joined: %d samples on %s", member.worker_id, member.num_samples, member.device)
         elif isinstance(message, Leave):
             log.info("worker '%s' left: %s", member.worker_id, message.reason)

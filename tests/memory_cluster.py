@@ -54,7 +54,8 @@ from workers.pace import DeclaredPace
 SAMPLE_SHAPE = (1, 8, 8)
 FEATURE_SHAPE = (32, 2, 2)  # of the model "cnn" at its default cut: two pools halve 8 x 8 twice
 FEATURE_BYTES = 4 * 32 * 2 * 2
-NUM_CLASSES = 3
+CLASS_NAMES = ("0", "1", "2")
+NUM_CLASSES = len(CLASS_NAMES)
 MEASURED = {"planning_seconds", "round_seconds", "evaluation_seconds"}  # differ between any two runs
 NAMES = ("worker-00", "worker-01", "worker-02")
 
@@ -297,11 +298,19 @@ class ScriptedWorker:
 
 
 def registration(worker_id: str, label_counts: tuple[int, ...] = (8, 8, 4), **changes: Any) -> Register:
-    """An honest registration, with changes."""
+    """An honest registration, with changes; the names of the classes are their numbers."""
+    names = tuple(str(label) for label in range(len(label_counts)))
+    versions = {"mergesfl": "0.1.0"}
     honest = Register(
-        worker_id, PROTOCOL_VERSION, "cpu", {"mergesfl": "0.1.0"}, sum(label_counts), label_counts, SAMPLE_SHAPE
+        worker_id, PROTOCOL_VERSION, "cpu", versions, sum(label_counts), label_counts, names, SAMPLE_SHAPE
     )
     return dataclasses.replace(honest, **changes)
+
+
+def welcome(seed: int, **changes: Any) -> Welcome:
+    """What the server tells the workers of the small run, with changes."""
+    scale = ("float32", 1.0, (), (), False, 0)
+    return dataclasses.replace(Welcome("cnn", "conv2", CLASS_NAMES, SAMPLE_SHAPE, seed, *scale), **changes)
 
 
 class ScriptedCluster:

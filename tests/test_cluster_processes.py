@@ -89,7 +89,7 @@ def send_mutations(address: str, number: int) -> None:
     """Sends this many damaged messages from twenty peers, half of which have registered properly before."""
     rng = np.random.default_rng(0)
     seeds = [
-        encode(Register("mallory", 1, "cpu", {"mergesfl": "0"}, 0, (), (1, 8, 8))),
+        encode(Register("mallory", 1, "cpu", {"mergesfl": "0"}, 0, (), (), (1, 8, 8))),
         encode(Ready((32, 2, 2), 512)),
         encode(Features(0, 0, np.zeros((2, 32, 2, 2), np.float32), np.zeros(2, np.int64))),
         encode(Update(0, 3, 0.1, 0.1, {"w": np.zeros(3, np.float32)}, {})),
@@ -103,7 +103,7 @@ def send_mutations(address: str, number: int) -> None:
         socket.setsockopt(zmq.LINGER, 5000)
         socket.connect(address)
         if index % 2:
-            mine = Register(f"mallory-{index}", 1, "cpu", {}, 0, (), (1, 8, 8))
+            mine = Register(f"mallory-{index}", 1, "cpu", {}, 0, (), (), (1, 8, 8))
             socket.send_multipart([bytes(frame) for frame in encode(mine)])
         sockets.append(socket)
     for count in range(number):

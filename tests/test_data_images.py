@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pickle
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -257,3 +258,33 @@ def test_folders_without_classes_or_without_images(tmp_path: Path) -> None:
 def test_an_idx_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_idx(tmp_path / "x.gz")
+
+
+def test_a_worker_brings_a_folder_without_a_test_part_and_decodes_its_share_only(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="no folder train and test"):
+        load_dataset("folder", tmp_path, image_size_pixels=10)
+    seen = []
+
+    def choose(labels: Any) -> Any:
+        seen.append(labels.tolist())
+        return np.array([0, 4])
+
+    data = load_dataset("folder", tmp_path, image_size_pixels=10, train_only=True, choose=choose)
+    assert seen == [[0, 0, 0, 1, 1, 1]]  # the labels of all, though only two are decoded
+    assert data.train.y.tolist() == [0, 1] and data.test.num_samples == 0
+    assert (data.train.x[0, 0] == 200).all() and (data.train.x[1] == 77).all()
+    with pytest.raises(DataError, match="cannot be decoded"):
+        load_dataset("folder", tmp_path, image_size_pixels=10, train_only=True)
+
+
+def test_a_worker_may_bring_a_folder_without_images_but_not_without_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder train, expected one"):
+        load_dataset("folder", tmp_path, train_only=True)
+    (tmp_path / "train").mkdir()
+    assert load_dataset("folder", tmp_path, train_only=True).class_names == ()
+    (tmp_path / "train" / "cat").mkdir()
+    data = load_dataset("folder", tmp_path, train_only=True)
+    assert (data.class_names, data.train.x.shape) == (("cat",), (0, 3, 144, 144))

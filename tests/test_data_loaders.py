@@ -208,6 +208,10 @@ def with_value(value: float) -> Any:
         (changed(X_train=np.array([[None] * 4] * 12)), "damaged"),
         (changed(group_train=np.arange(11)), "one group per sample"),
         (changed(group_train=np.arange(12.0)), "groups of type float64"),
+        (changed(classes=np.array(["a", "b", "a"])), "3 class names, 2 of them distinct, for 3 classes"),
+        (changed(classes=np.array(["a", "b", "c\n"])), "class name 'c.n': expected 1 to 255 printable"),
+        (changed(classes=np.array(["a", "b", ""])), "class name '': expected 1 to 255 printable"),
+        (changed(classes=np.array(["a", "b", "c" * 256])), "expected 1 to 255 printable"),
     ],
 )
 def test_a_damaged_npz_names_its_path(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -235,6 +239,41 @@ def test_any_changed_byte_of_an_archive_is_an_answer_or_a_data_error(tmp_path: P
         except DataError:
             num_refused += 1
     assert num_refused > 200
+
+
+def test_a_worker_brings_an_npz_without_a_test_part(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    changed(X_test=None, y_test=None)(path)
+    with pytest.raises(DataError, match="missing: X_test, y_test"):
+        load_dataset("npz", path)
+    data = load_dataset("npz", path, train_only=True)
+    assert data.train.num_samples == 12 and data.class_names == ("0", "1", "2")
+    assert (data.test.num_samples, data.test.x.shape) == (0, (0, 4))
+    chosen = load_dataset("npz", path, train_only=True, choose=lambda labels: np.flatnonzero(labels == 2))
+    assert np.array_equal(chosen.train.x, archive_arrays()["X_train"][2::3])
+
+
+@pytest.mark.parametrize("labels", [np.array([]), np.array([], np.int64)])
+def test_a_worker_may_bring_an_npz_without_samples(tmp_path: Path, labels: Any) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, X_train=np.zeros((0, 1, 8, 8)), y_train=labels)
+    data = load_dataset("npz", path, train_only=True)
+    assert (data.train.num_samples, data.sample_shape, data.class_names) == (0, (1, 8, 8), ())
+    changed(X_train=np.zeros((0, 4)), y_train=labels)(path)
+    with pytest.raises(DataError):
+        load_dataset("npz", path)
+    changed(y_train=np.array(["a"] * 12))(path)
+    with pytest.raises(DataError, match="must hold whole numbers"):
+        load_dataset("npz", path, train_only=True)
+
+
+def test_a_worker_brings_har_without_a_test_part(tmp_path: Path) -> None:
+    arrays = har_arrays()
+    for part in ("X_test", "y_test", "subject_test"):
+        del arrays[part]
+    np.savez(tmp_path / "har.npz", **arrays)
+    data = load_dataset("har", tmp_path / "har.npz", train_only=True)
+    assert (data.train.num_samples, data.test.num_samples) == (7, 0)
 
 
 def test_an_empty_split_is_refused() -> None:

@@ -268,6 +268,20 @@ def test_a_seed_may_be_unknown_and_another_data_set_is_noticed(tmp_path: Path) -
         save_partition(tmp_path / "p.json", again, labels, 2)
 
 
+def test_a_crash_while_a_partition_is_saved_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, labels = tmp_path / "p.npz", np.array([0, 1, 1])
+    save_partition(path, given_partition(labels, [0, 1], [], [2]), labels, 2)
+    before = path.read_bytes()
+
+    def crash(temporary: Path, path: Path) -> None:
+        raise OSError("the power fails")
+
+    monkeypatch.setattr("mergesfl.runtime.files.publish", crash)
+    with pytest.raises(OSError, match="the power fails"):
+        save_partition(path, given_partition(labels, [0], [1], [2]), labels, 2)
+    assert path.read_bytes() == before
+
+
 def rewritten(**change: Any) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         with np.load(path) as archive:

@@ -136,3 +136,33 @@ def test_archives_of_the_wrong_kind(tmp_path: Path) -> None:
     np.savez(path, X_train=images, y_train=[0, 1], X_test=images, y_test=[0, 1])
     with pytest.raises(DataError, match="expected both int16 or both float32"):
         load_dataset("speech", path)
+
+
+def test_a_worker_brings_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Without lists all clips train; lists of the whole data set may name clips that this worker does not hold."""
+    root = write_folder(tmp_path / "speech")
+    (root / "yes" / "amy_nohash_0.wav").unlink()
+    whole = load_dataset("speech", root, train_only=True)
+    assert whole.train.y.tolist() == [0, 1, 1] and whole.test.num_samples == 0
+    for name in ("testing_list.txt", "validation_list.txt"):
+        (root / name).unlink()
+    assert load_dataset("speech", root, train_only=True).train.y.tolist() == [0, 0, 0, 1, 1]
+    wordless(root)
+    assert load_dataset("speech", root, train_only=True).class_names == ()
+
+
+def test_only_the_chosen_clips_are_read(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "speech")
+    truncated(root)  # yes/bob 0, row 1
+    data = load_dataset("speech", root, train_only=True, choose=lambda labels: np.array([0, 2]))
+    assert data.train.y.tolist() == [0, 1] and (data.train.x[0] == 7).all()
+    assert data.train.groups is not None and len(data.train.groups) == 2
+    with pytest.raises(DataError, match="ends after"):
+        load_dataset("speech", root, train_only=True)
+
+
+def test_a_worker_brings_an_archive_without_a_test_part(tmp_path: Path) -> None:
+    x = np.arange(4, dtype=np.int16)[:, None] * np.ones(16000, np.int16)
+    np.savez(tmp_path / "s.npz", X_train=x, y_train=[0, 1, 2, 1])
+    data = load_dataset("speech", tmp_path / "s.npz", train_only=True, choose=lambda labels: np.array([1, 3]))
+    assert data.train.y.tolist() == [1, 1] and data.train.x[:, 0, 0].tolist() == [1, 3] and data.num_classes == 3

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mergesfl.errors import LocalProtocolError, RemoteProtocolError
+from mergesfl.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from mergesfl.protocol import messages as m
 from mergesfl.protocol.arrays import DTYPES
 from mergesfl.protocol.codec import KINDS, decode, encode, wire_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits, clipped
-from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS
+from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS, check_worker_id
 
 # ----------------------------------------------------------------------------------------------------------- examples
 
 EXAMPLES: list[Any] = [
-    m.Register("jetson-07", 1, "cuda: Orin", {"torch": "2.5.0"}, 30, (10, 0, 20), (9, 128)),
-    m.Welcome("cnn_har", "conv2", 6, (9, 128), 2**63 - 1),
+    m.Register("jetson-07", 1, "cuda: Orin", {"torch": "2.5.0"}, 30, (10, 0, 2), ("sit", "été", "0"), (9, 128)),
+    m.Welcome("cnn", "conv2", ("a", "b"), (3, 8, 8), 2**63 - 1, "uint8", 255.0, (0.5, -0.1), (1.0, 0.2), True, 4),
     m.Ready((32, 32, 2), 8192),
     m.Refuse("no such model"),
     m.Assign(
@@ -104,12 +104,13 @@ def test_a_big_endian_array_has_the_same_bytes() -> None:
 counts = st.integers(0, 2**40)
 seconds = st.floats(0, 1e9)
 names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=20)
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+texts = st.text(st.characters(categories=["L", "M", "N", "P", "S"]) | st.just(" "), max_size=40)
+worker_ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,99}", fullmatch=True)
 arrays = st.sampled_from(sorted(DTYPES)).flatmap(
     lambda dtype: hnp.arrays(DTYPES[dtype], hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4))
 )
 states = st.dictionaries(names, arrays, max_size=4)
-shapes = st.lists(st.integers(0, 2**30), max_size=8).map(tuple)
+shapes = st.lists(st.integers(0, DEFAULT.max_message_bytes), max_size=8).map(tuple)
 values = st.one_of(
     st.booleans(), st.integers(-(2**63) + 1, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)
 )
@@ -122,15 +123,29 @@ features = st.integers(0, 5).flatmap(
 any_message: st.SearchStrategy[Any] = st.one_of(
     st.builds(
         m.Register,
-        names,
+        worker_ids,
         counts,
         texts,
         st.dictionaries(names, texts, max_size=4),
         counts,
         st.lists(counts, max_size=20).map(tuple),
+        st.lists(names, max_size=20).map(tuple),
         shapes,
     ),
-    st.builds(m.Welcome, names, names | st.just(""), counts, shapes, st.integers(0, 2**63 - 1)),
+    st.builds(
+        m.Welcome,
+        names,
+        names | st.just(""),
+        st.lists(names, max_size=20).map(tuple),
+        shapes,
+        st.integers(0, 2**63 - 1),
+        names,
+        st.floats(1e-9, 1e9),
+        st.lists(st.floats(-1e9, 1e9), max_size=4).map(tuple),
+        st.lists(st.floats(1e-9, 1e9), max_size=4).map(tuple),
+        st.booleans(),
+        counts,
+    ),
     st.builds(m.Ready, shapes, counts),
     st.builds(
         m.Assign, counts, counts, counts, counts, names, st.dictionaries(names, values | texts, max_size=4), states
@@ -240,7 +255,10 @@ ARRAY = np.zeros(2, dtype=np.float32)
         (m.Update(0, 0, 0.0, 0.0, [ARRAY]), "state is a value of type list, expected a mapping"),  # type: ignore[arg-type]
         (m.Update(0, 0, 0.0, 0.0, {"": ARRAY}), "name in state is '', expected printable"),
         (m.Refuse("x" * 4097), "4097 characters, the limit is 4096"),
-        (m.Refuse("\ud800"), "half a character"),
+        (m.Refuse("\ud800"), "expected printable characters"),
+        (m.Refuse("two\r\nlines"), "expected printable characters"),
+        (m.Leave("\x1b[2J"), "expected printable characters"),
+        (m.Goodbye("\x9b2J"), "expected printable characters"),
         (m.Refuse(b"why"), "expected a str"),  # type: ignore[arg-type]
         (m.Assign(0, 1, 1, 1, "a\x1b[31m", {}, {}), "expected printable characters"),
         (m.Assign(0, 1, 1, 1, "mergesfl", {"rate": 2**63}, {}), "entry 'rate' is 9223372036854775808"),
@@ -249,6 +267,13 @@ ARRAY = np.zeros(2, dtype=np.float32)
         (m.Assign(0, 1, 1, 1, "mergesfl", 5, {}), "settings is 5, expected a mapping"),  # type: ignore[arg-type]
         (m.Ready((1,) * 9, 4), "9 entries, the limit is 8"),
         (m.Ready("32", 4), "feature_shape is '32', expected a sequence"),  # type: ignore[arg-type]
+        (dataclasses.replace(EXAMPLES[0], class_names=("a", "b\n", "c")), "class_names is 'b.n', expected printable"),
+        (dataclasses.replace(EXAMPLES[0], class_names=("a" * 256,)), "256 characters, the limit is 255"),
+        (dataclasses.replace(EXAMPLES[0], class_names=("a",) * 65537), "65537 entries, the limit is 65536"),
+        (dataclasses.replace(EXAMPLES[1], class_names="ab"), "class_names is 'ab', expected a sequence"),
+        (dataclasses.replace(EXAMPLES[1], std=(1.0, 0.0)), "std is 0.0, expected a number above 0"),
+        (dataclasses.replace(EXAMPLES[1], mean=(float("nan"),)), "mean is nan, expected a finite number"),
+        (dataclasses.replace(EXAMPLES[1], flip=1), "flip is 1, expected a bool"),
         (m.Features(0, 0, np.zeros((3, 4)), np.zeros(2, dtype=np.int64)), r"\(3, 4\) with labels int64 \(2,\)"),
         (m.Features(0, 0, np.zeros((2, 4)), np.zeros(2, dtype=np.int32)), "labels int32"),
     ],
@@ -279,8 +304,25 @@ def test_an_int_is_a_legal_float() -> None:
     assert type(decoded.compute_seconds) is float and type(decoded.metrics["loss"]) is float
 
 
+@pytest.mark.parametrize("worker_id", ["", "[/x]", "$\\foo$", "-rf", "a b", "a/b", "a\n", "a\x1b[2J", "ü", "x" * 101])
+def test_an_id_that_something_might_interpret_is_refused_at_both_ends(worker_id: str) -> None:
+    with pytest.raises(LocalProtocolError, match="worker_id is "):
+        encode(dataclasses.replace(EXAMPLES[0], worker_id=worker_id))
+    fields = {field.name: getattr(EXAMPLES[0], field.name) for field in dataclasses.fields(EXAMPLES[0])}
+    with pytest.raises(RemoteProtocolError, match="worker_id is "):
+        decode([msgpack.packb([1, "register", fields | {"worker_id": worker_id}, []])])
+    with pytest.raises(ConfigError, match="choose another --id"):
+        check_worker_id(worker_id)
+
+
+@pytest.mark.parametrize("worker_id", ["0", "worker-00", "jetson_7.lab.example", "nx@10.0.0.1:5555", "x" * 100])
+def test_what_people_call_their_machines_is_a_worker_id(worker_id: str) -> None:
+    check_worker_id(worker_id)
+    over_the_wire(dataclasses.replace(EXAMPLES[0], worker_id=worker_id))
+
+
 def test_clipped_texts_can_be_sent() -> None:
-    for text in ["", "short", "x" * 4096, "x" * 4097, "\ud800" * 5000]:
+    for text in ["", "short", "x" * 4096, "x" * 4097, "\ud800" * 5000, "\x1b[2J\r\n\x85\u2028" * 900]:
         assert len(clipped(text)) <= DEFAULT.max_text_length
         over_the_wire(m.Refuse(clipped(text)))
     assert clipped("x" * 4096) == "x" * 4096
@@ -355,9 +397,9 @@ def test_the_untouched_gradient_is_legal() -> None:
         (gradient(specs=[["gradient", "", "float32", 1]]), "expected a sequence"),
         (gradient(specs=[["gradient", "", "float32", [1] * 9]]), "9 entries, the limit is 8"),
         # 2**16 ** 4 = 2**64 elements: 0 bytes in 64-bit arithmetic that overflows
-        (gradient(specs=[["gradient", "", "uint8", [2**16] * 4]]), "exceeds 1073741824 bytes"),
+        (gradient(specs=[["gradient", "", "uint8", [2**16] * 4]]), "exceeds 603979776 bytes"),
         # no elements, but numpy multiplies the other dimensions and would raise its own error
-        ([gradient(specs=[["gradient", "", "uint8", [0] + [2**30] * 7]])[0], b""], "exceeds 1073741824 bytes"),
+        ([gradient(specs=[["gradient", "", "uint8", [0] + [2**29] * 7]])[0], b""], "exceeds 603979776 bytes"),
         ([gradient(specs=[["gradient", "", "bool", [2]]])[0], b"\x01\x02"], "neither 0 nor 1"),
         ([*gradient(specs=[SPEC, SPEC]), b"\0\0\0\0"], "repeated tensor 'gradient'"),
         ([header(1, "gradient", GRADIENT_FIELDS, [])], r"without the tensor \['gradient'\]"),

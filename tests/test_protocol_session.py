@@ -16,8 +16,8 @@ from mergesfl.protocol.session import Arrival, Role, Session, State
 
 X, Y = np.zeros((1, 2), dtype=np.float32), np.zeros(1, dtype=np.int64)
 
-REGISTER = m.Register("w", 1, "cpu", {}, 1, (1,), (2,))
-WELCOME = m.Welcome("m", "c", 2, (2,), 0)
+REGISTER = m.Register("w", 1, "cpu", {}, 1, (1,), ("a",), (2,))
+WELCOME = m.Welcome("m", "c", ("a", "b"), (2,), 0, "float32", 1.0, (), (), False, 0)
 READY = m.Ready((2,), 8)
 
 

@@ -12,16 +12,17 @@ from mergesfl.control.fleet import FleetView, WorkerView
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.protocol.session import Role, Session
 from ps.fleet import Fleet, Member
-from tests.memory_cluster import NUM_CLASSES, SAMPLE_SHAPE, registration
+from tests.memory_cluster import CLASS_NAMES, SAMPLE_SHAPE, registration
 
 
 def new_fleet() -> Fleet:
-    return Fleet(NUM_CLASSES, SAMPLE_SHAPE, Estimates(0.5))
+    return Fleet(CLASS_NAMES, SAMPLE_SHAPE, Estimates(0.5), max_workers=4)
 
 
 def admit(fleet: Fleet, worker_id: str, label_counts: tuple[int, ...] = (1, 1, 1), ready: bool = True) -> Member:
     member = fleet.admit(worker_id.encode(), registration(worker_id, label_counts), Session(Role.SERVER))
-    member.ready = ready
+    if ready:
+        fleet.get_ready(member)
     return member
 
 
@@ -45,7 +46,10 @@ def test_label_counts_have_one_entry_per_class_of_the_run(sent: tuple[int, ...],
     ("changes", "expected"),
     [
         ({"sample_shape": (3, 8, 8)}, "holds samples of shape (3, 8, 8), this run is for (1, 8, 8)"),
-        ({"label_counts": (1, 1, 1, 2), "num_samples": 5}, "holds labels up to 3, this run has 3 classes"),
+        ({"label_counts": (1, 1, 1, 2)}, "holds samples of class '3', this run knows the 3 classes 0, 1, 2: start it"),
+        ({"class_names": ("0", "2", "bed")}, "holds samples of class 'bed', this run knows the 3 classes 0, 1, 2"),
+        ({"class_names": ("0", "1")}, "counts 3 labels under 2 names, 2 of them distinct"),
+        ({"class_names": ("0", "1", "1")}, "counts 3 labels under 3 names, 2 of them distinct"),
         ({"num_samples": 4}, "holds 4 samples but counts 3 labels"),
     ],
 )
@@ -55,6 +59,38 @@ def test_a_worker_that_does_not_fit_is_not_admitted(changes: dict[str, Any], exp
         fleet.admit(b"p", registration("a", **({"label_counts": (1, 1, 1)} | changes)), Session(Role.SERVER))
     assert f"worker 'a' {expected}" in str(caught.value)
     assert (fleet.by_id, fleet.by_peer, fleet.known_label_counts) == ({}, {}, {})
+
+
+def test_label_counts_are_matched_by_name() -> None:
+    """The run knows bed, cat, zero; this worker's labels are 0 = zero, 1 = cat, 2 = owl (none of it)."""
+    fleet = Fleet(("bed", "cat", "zero"), SAMPLE_SHAPE, Estimates(0.5), max_workers=4)
+    message = registration("a", (5, 2, 0), class_names=("zero", "cat", "owl"))
+    member = fleet.admit(b"a", message, Session(Role.SERVER))
+    assert member.label_counts == (0, 2, 5)
+
+
+def test_labels_count_once_a_worker_is_ready() -> None:
+    fleet = new_fleet()
+    admit(fleet, "a", (1, 1, 0))
+    talker = admit(fleet, "b", (0, 0, 9), ready=False)
+    assert fleet.view(512).reference_distribution == (0.5, 0.5, 0.0)
+    fleet.remove(talker, "left")
+    assert fleet.state_dict()["known_label_counts"] == {"a": [1, 1, 0]}
+
+
+def test_the_number_of_ids_is_bounded_and_those_that_are_known_may_come_back() -> None:
+    fleet = new_fleet()  # of at most 4
+    waiting = admit(fleet, "waiting", ready=False)
+    for name in "abcd":
+        fleet.remove(admit(fleet, name), "left")
+    expected = "4 different worker ids have taken part in this run, the limit is 4 "
+    with pytest.raises(RemoteProtocolError, match=expected):
+        admit(fleet, "e")
+    with pytest.raises(RemoteProtocolError, match=expected):
+        fleet.get_ready(waiting)
+    admit(fleet, "a", (0, 0, 1))
+    assert len(fleet.known_label_counts) == 4
+    assert fleet.known_label_counts["a"] == (0, 0, 1)
 
 
 def test_only_ready_workers_that_are_heard_are_available_in_order_of_their_names() -> None:
@@ -102,7 +138,7 @@ def test_removing_keeps_the_first_reason_and_spares_a_successor_of_the_same_name
     assert fleet.by_peer == {b"other": newer}
     fleet.remove(newer, "left")
     assert (fleet.by_id, fleet.by_peer) == ({}, {})
-    assert fleet.known_label_counts == {"a": (8, 8, 4)}
+    assert fleet.known_label_counts == {"a": (1, 1, 1)}
 
 
 def test_the_state_survives_json() -> None:

@@ -238,6 +238,15 @@ def test_runs_without_rounds_and_rows_of_a_journal(tmp_path: Path, figures: list
     assert lines_of(figures[2].axes[0])["test"] == ([0], [50.0])
 
 
+def test_names_are_text_and_no_formulas(tmp_path: Path) -> None:
+    bad = "$\\foo$"  # the parser of formulas raises ValueError for it
+    plot_partition(tmp_path / "p.png", np.ones((1, 1), dtype=np.int64), [bad], bad, 0.0)
+    plot_batch_sizes(tmp_path / "b.png", [record(0, [bad], [8])], [bad], bad)
+    plot_accuracy(tmp_path / "a.png", [record(0, [bad], [8])], bad)
+    for name in "pba":
+        assert_is_png(tmp_path / f"{name}.png")
+
+
 def test_an_error_while_drawing_leaves_the_old_picture_and_the_old_style(tmp_path: Path) -> None:
     import matplotlib
 

@@ -101,6 +101,16 @@ def test_the_table_at_the_end_holds_every_figure_and_says_where_the_rest_is() ->
     assert lines[-1] == "everything about this run is in runs/run"
 
 
+def test_names_are_text_and_no_markup() -> None:
+    lost = DroppedWorker("[/x]", 0, "left")
+    assert shown(replace(RECORD, dropped=(lost,))).endswith(" lost [/x]\n")
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=200))
+    progress.finished({"method": "mergesfl", "dataset": "npz:[/a]"}, "runs/[/b]")
+    assert out.getvalue().count("npz:[/a]") == 2
+    assert out.getvalue().endswith("is in runs/[/b]\n")
+
+
 def test_a_terminal_gets_a_bar_that_counts_workers_and_rounds() -> None:
     out = io.StringIO()
     progress = Progress(Console(file=out, width=120, force_terminal=True, legacy_windows=False))

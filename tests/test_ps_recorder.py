@@ -334,7 +334,9 @@ def test_a_resumed_run_keeps_its_partition(tmp_path: Path) -> None:
     labels = load_dataset(config.data.dataset).train.y
     planted = parse_partition("shards(1)").split(labels, 3, np.random.default_rng(5))
     save_partition(saved, planted, labels, 10)
+    before = (saved.read_bytes(), saved.stat().st_mtime_ns)
     play(small_config(tmp_path, *DECLARED, "training.num_rounds=2"), resume=True)
+    assert (saved.read_bytes(), saved.stat().st_mtime_ns) == before  # not even written again
     assert load_partition(saved).text == "shards(1)"
     more = small_config(tmp_path, "training.num_rounds=2", "cluster.num_workers=4")
     with pytest.raises(CheckpointError, match=r"cluster\.num_workers was 3 and is 4 now"):

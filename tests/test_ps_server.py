@@ -56,6 +56,9 @@ DISTURBED = (
     "round_seconds",
     "ingress_bytes",
     "egress_bytes",
+    "dropped",
+    "predicted_seconds",
+    "predicted_idle_seconds",
 )  # what a void attempt leaves in a journal line
 
 
@@ -253,9 +256,9 @@ def samples_off_by_one(answer: Message) -> Message:
     return dataclasses.replace(answer, num_samples=answer.num_samples - 1)
 
 
-def one_nan(array: Any) -> Any:
+def one_spoilt(array: Any, value: float) -> Any:
     spoilt = array.copy()
-    spoilt.reshape(-1)[-1] = np.nan
+    spoilt.reshape(-1)[-1] = value
     return spoilt
 
 
@@ -279,7 +282,6 @@ POISON: dict[str, tuple[int | None, Callable[[Message], Message], str]] = {
         features_with(lambda f: {"features": f.features.astype(np.float64)}),
         "sent features float64(8, 32, 2, 2), expected float32(8, 32, 2, 2)",
     ),
-    "a NaN": (1, features_with(lambda f: {"features": one_nan(f.features)}), "sent features that are not finite"),
     "a label too large": (
         0,
         features_with(lambda f: {"labels": np.arange(8) % (NUM_CLASSES + 1)}),
@@ -312,11 +314,6 @@ POISON: dict[str, tuple[int | None, Callable[[Message], Message], str]] = {
         state_with(lambda state: {**state, first(state): state[first(state)].astype(np.float16)}),
         "as float16(",
     ),
-    "a state with a NaN": (
-        None,
-        state_with(lambda state: {**state, first(state): one_nan(state[first(state)])}),
-        "is not finite: lower training.learning_rate",
-    ),
     "too few samples": (None, samples_off_by_one, "trained 15 samples, not 16"),
 }
 
@@ -338,6 +335,72 @@ def test_only_the_worker_that_sends_poison_is_closed(tmp_path: Path, case: str) 
     assert cluster.clock.seconds == 0.0
     for name in (NAMES[0], NAMES[2]):
         assert cluster[name].told(Refuse) == cluster[name].told(Release) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("step", [0, 1, None])
+def test_a_worker_whose_arithmetic_broke_down_is_out_of_the_round_and_in_the_next(
+    tmp_path: Path, step: int | None, value: float
+) -> None:
+    spoil = {
+        True: state_with(lambda state: {**state, first(state): one_spoilt(state[first(state)], value)}),
+        False: features_with(lambda f: {"features": one_spoilt(f.features, value)}),
+    }[step is None]
+    config = small_config(tmp_path, ALL)
+    cluster = ScriptedCluster(config)
+    cluster["worker-01"].script = at(1, step, lambda worker, answer: spoil(answer))
+    cluster.run()
+    lines = journal_of(config)
+    (lost,) = lines[1]["dropped"]
+    assert (lost["worker_id"], lost["step"]) == (NAMES[1], 2 if step is None else step)
+    assert "not finite" in lost["reason"]
+    assert cluster["worker-01"].told(Release) == ([] if step is None else [Release(wire_round(1, 1), lost["reason"])])
+    assert all(worker.told(Refuse) == [] for worker in cluster.workers)
+    assert lines[1]["finished_worker_ids"] == [NAMES[0], NAMES[2]]
+    assert lines[2]["finished_worker_ids"] == [*NAMES]
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint_of(config).tensors.values())
+
+
+@pytest.mark.parametrize("method", ["mergesfl", "without merging", "splitfed-v1", "splitfed-v2"])
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("magnitude", [3e38, 1e30])
+def test_only_the_worker_with_features_out_of_all_proportion_is_put_out(
+    tmp_path: Path, magnitude: float, step: int, method: str
+) -> None:
+    config = small_config(tmp_path, *METHODS[method], "training.local_steps=3", "training.learning_rate=0.1")
+    cluster = ScriptedCluster(config)
+    huge = features_with(lambda f: {"features": np.full_like(f.features, magnitude)})
+    cluster["worker-01"].script = at(1, step, lambda worker, answer: huge(answer))
+    cluster.run()
+    lines = journal_of(config)
+    assert [line["attempt"] for line in lines] == [1, 2, 1]
+    assert [lost["worker_id"] for lost in lines[1]["dropped"]] == [NAMES[1]]
+    (refusal,) = cluster["worker-01"].told(Refuse)
+    assert f"sent features up to {magnitude:.3g}, the limit is 1e+06" in refusal.reason
+    assert lines[1]["finished_worker_ids"] == lines[2]["finished_worker_ids"] == [NAMES[0], NAMES[2]]
+    assert cluster["worker-00"].told(Refuse) == cluster["worker-02"].told(Refuse) == []
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint_of(config).tensors.values())
+
+
+@pytest.mark.parametrize("method", ["mergesfl", "splitfed-v1"])
+def test_a_training_that_becomes_infinite_ends_with_the_name_of_the_setting_and_closes_nobody(
+    tmp_path: Path, method: str
+) -> None:
+    """All workers' numbers grow together, as with a learning rate that is too high."""
+
+    def grow(worker: ScriptedWorker, answer: Message) -> Message:
+        return features_with(lambda f: {"features": f.features * np.float32(1e30)})(answer)
+
+    settings = ("cluster.max_void_rounds=3", "training.num_rounds=1", "training.learning_rate=0.5")
+    config = small_config(tmp_path, *METHODS[method], *settings)
+    cluster = ScriptedCluster(config)
+    for worker in cluster.workers:
+        worker.script = at(0, 0, grow)
+    expected = r"round 0 was void 3 times in a row .* start a new run with training.learning_rate below 0.5"
+    with pytest.raises(QuorumError, match=expected):
+        cluster.run()
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint_of(config).tensors.values())
+    assert all(worker.told(Refuse) == [] for worker in cluster.workers)
 
 
 def test_garbage_in_the_middle_of_a_round_closes_its_sender_only(tmp_path: Path) -> None:
@@ -390,10 +453,15 @@ def test_a_void_round_leaves_no_trace_in_the_model(tmp_path: Path, method: str) 
     assert same_tensors(checkpoint_of(undisturbed.config), checkpoint_of(disturbed.config))
     calm, void = journal_of(undisturbed.config), journal_of(disturbed.config)
     assert [line["attempt"] for line in void] == [1, 2, 1]
-    predictions = ("predicted_seconds", "predicted_idle_seconds", "observed_seconds", "idle_seconds")
-    extra = () if method == "mergesfl" else predictions
+    extra = () if method == "mergesfl" else ("observed_seconds", "idle_seconds")
     assert without(calm, *DISTURBED, *extra) == without(void, *DISTURBED, *extra)
     assert void[1]["ingress_bytes"] > calm[1]["ingress_bytes"]  # what the void attempt cost is counted
+    assert void[1]["round_seconds"] == pytest.approx(30.0, abs=0.3)
+    assert [lost["worker_id"] for lost in void[1]["dropped"]] == [NAMES[1]]
+    mu, beta = checkpoint_of(disturbed.config).state["fleet"]["estimates"]["workers"][NAMES[1]]
+    calm_mu, calm_beta = checkpoint_of(undisturbed.config).state["fleet"]["estimates"]["workers"][NAMES[1]]
+    assert mu > calm_mu + 0.05  # that it missed a deadline of 5 s (per 8 samples, alpha 0.8) is known
+    assert method == "fedavg" or beta < calm_beta
     # A split worker is released while it waits for its gradient; a federated one has finished and has nothing to drop.
     expected = [] if method == "fedavg" else [Release(wire_round(1, 1), "2 of 3 workers are left, 3 are needed")]
     assert disturbed["worker-00"].told(Release) == expected
@@ -433,6 +501,26 @@ def test_a_fleet_that_stays_below_the_quorum_ends_the_run(tmp_path: Path) -> Non
         cluster.run()
     assert checkpoint_of(config).round_num == 1
     assert 40.0 <= cluster.clock.seconds <= 42.0  # at most a probe and a poll on top
+
+
+def test_a_round_begins_with_a_quorum_of_the_fleet_only(tmp_path: Path) -> None:
+    """worker-01 and worker-02 leave after round 0; 7 s later worker-01 is back, and 2 of 3 are enough."""
+    config = small_config(tmp_path, ALL, "training.num_rounds=2")
+    cluster = ScriptedCluster(config)
+
+    def answer_and_leave(worker: ScriptedWorker, answer: Message) -> None:
+        worker.say(answer)
+        worker.say(Leave("lunch"))
+        if worker.worker_id == NAMES[1]:
+            cluster.add(NAMES[1])
+            (late_message,) = cluster.workers[-1]._outbox
+            cluster.workers[-1]._outbox = [(cluster.clock.seconds + 7.0, late_message[1])]
+
+    for name in NAMES[1:]:
+        cluster[name].script = at(0, None, answer_and_leave)
+    cluster.run()
+    assert [line["worker_ids"] for line in journal_of(config)] == [[*NAMES], [*NAMES[:2]]]
+    assert cluster.clock.seconds == pytest.approx(7.0)
 
 
 def test_a_start_without_a_quorum_names_the_numbers(tmp_path: Path) -> None:
@@ -541,6 +629,26 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path) -> N
     assert longer.run(resume=True)["num_rounds"] == 5
     assert same_tensors(checkpoint_of(whole.config), checkpoint_of(longer.config))
     assert [message.round_num for message in longer["worker-00"].told(Assign)] == [200, 300, 400]
+
+
+def test_a_run_that_is_complete_is_resumed_without_workers(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    summary = ScriptedCluster(config).run()
+    (config.run_folder / "summary.json").unlink()
+    again = ScriptedCluster(config, names=())
+    assert without([again.run(resume=True)], "wall_seconds") == without([summary], "wall_seconds")
+    assert again.clock.seconds == 0.0
+    assert (config.run_folder / "summary.json").exists()
+
+
+def test_a_worker_that_reports_no_time_is_not_taken_for_infinitely_fast(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    cluster = ScriptedCluster(config, names=NAMES[:2])
+    cluster.add(NAMES[2], seconds_per_sample=0.0)
+    cluster.run()
+    estimates = checkpoint_of(config).state["fleet"]["estimates"]["workers"]
+    assert estimates[NAMES[2]] == pytest.approx([1e-6, 0.0005])
+    assert estimates[NAMES[0]] == pytest.approx([0.001, 0.0005])
 
 
 def test_wall_seconds_count_both_parts_of_a_run(tmp_path: Path) -> None:

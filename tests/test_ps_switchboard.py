@@ -25,16 +25,23 @@ from mergesfl.protocol.messages import (
     Release,
     Reset,
     Update,
-    Welcome,
 )
 from mergesfl.transport.base import Frames
 from mergesfl.transport.memory import MemoryHub, MemoryWorker
 from ps import switchboard as module
 from ps.fleet import Fleet, Member
 from ps.switchboard import InterruptedRunError, Switchboard
-from tests.memory_cluster import FEATURE_BYTES, FEATURE_SHAPE, NUM_CLASSES, SAMPLE_SHAPE, registration
+from tests.memory_cluster import (
+    CLASS_NAMES,
+    FEATURE_BYTES,
+    FEATURE_SHAPE,
+    SAMPLE_SHAPE,
+    HandClock,
+    registration,
+    welcome,
+)
 
-WELCOME = Welcome("cnn", "conv2", NUM_CLASSES, SAMPLE_SHAPE, 5)
+WELCOME = welcome(5)
 READY = Ready(FEATURE_SHAPE, FEATURE_BYTES)
 ASSIGN = Assign(100, 2, 2, 1, "mergesfl", {"learning_rate": 0.1}, {})
 FEATURES = Features(100, 0, np.ones((1, 2), np.float32), np.zeros(1, np.int64))
@@ -45,8 +52,9 @@ class Desk:
 
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self.hub = MemoryHub()
-        self.fleet = Fleet(NUM_CLASSES, SAMPLE_SHAPE, Estimates())
-        self.board = Switchboard(self.hub.server(), self.fleet, WELCOME, FEATURE_BYTES, check)
+        self.clock = HandClock()
+        self.fleet = Fleet(CLASS_NAMES, SAMPLE_SHAPE, Estimates(), max_workers=10)
+        self.board = Switchboard(self.hub.server(), self.fleet, WELCOME, FEATURE_BYTES, check, self.clock, 60.0)
 
     def say(self, worker: MemoryWorker, message: Message | Frames) -> tuple[Member, Features | Update] | None:
         """One message in, and what the switchboard hands up."""
@@ -83,7 +91,7 @@ def test_a_worker_is_welcomed_and_may_be_chosen_once_it_is_ready() -> None:
     ("message", "expected"),
     [
         (registration("a", sample_shape=(3, 9)), "samples of shape (3, 9), this run is for (1, 8, 8)"),
-        (registration("a", (1, 1, 1, 1)), "labels up to 3, this run has 3 classes"),
+        (registration("a", (1, 1, 1, 1)), "samples of class '3', this run knows the 3 classes 0, 1, 2: "),
         (registration("a", num_samples=99), "holds 99 samples but counts 20 labels"),
         (registration("a", protocol_version=7), "speaks protocol 7, this server 1: install the same mergesfl on both "),
     ],
@@ -328,6 +336,81 @@ def test_a_peer_that_never_stops_talking_cannot_hold_the_run(monkeypatch: pytest
     assert len(heard(worker)) == 5
     desk.board.settle()
     assert len(heard(worker)) == 2
+
+
+def test_settling_ends_after_a_second_however_slow_the_messages_are() -> None:
+    """By hand: 0.4 s pass per message; after three of them 1.2 s are over."""
+    desk = Desk()
+    worker, _ = desk.join()
+    for _ in range(7):
+        worker.send(encode(Ping()))
+    desk.board._check = lambda: desk.clock.sleep(0.4)
+    desk.board.settle()
+    assert len(heard(worker)) == 2  # at 0.4 and 0.8 s; at 1.2 s nothing is read any more
+
+
+def test_a_worker_that_does_not_get_ready_has_to_register_again() -> None:
+    desk = Desk()  # within 60 s
+    worker, slow = desk.join("slow", ready=False)
+    lost, gone = desk.join("lost", ready=False)
+    calm, ready = desk.join("calm")
+    lost.close()
+    for _ in range(59):
+        desk.clock.sleep(1.0)
+        desk.board.receive(0.0)
+    assert gone.gone_reason is not None and gone.gone_reason.startswith("unreachable")
+    assert slow.gone_reason is None
+    probes = heard(worker)
+    assert {type(message) for message in probes} == {Pong} and len(probes) <= module.NUM_READY_PROBES
+    desk.clock.sleep(6.0)
+    desk.board.receive(0.0)
+    reason = "not ready 60 s after registering (cluster.start_deadline_seconds)"
+    assert heard(worker) == [Reset(reason)]
+    assert slow.gone_reason == reason
+    assert desk.fleet.by_id == {"calm": ready}
+    assert heard(calm) == []
+
+
+def test_sessions_that_are_not_ready_are_bounded() -> None:
+    desk = Desk()  # at most 10
+    for number in range(10):
+        desk.join(f"w{number}", ready=False)
+    late = desk.hub.worker()
+    desk.say(late, registration("late"))
+    assert heard(late) == [Reset("10 workers are not ready, the limit is 10: register later")]
+    assert len(desk.fleet.by_peer) == 10
+    assert desk.fleet.known_label_counts == {}
+
+
+def test_large_headers_are_read_of_members_only() -> None:
+    """Not refused for good: it may be the update of a session with the server that was here before."""
+    limit = module.STRANGER_HEADER_BYTES + len(CLASS_NAMES) * module.STRANGER_HEADER_BYTES_PER_CLASS
+    desk = Desk()
+    stranger = desk.hub.worker()
+    desk.say(stranger, [bytes(limit + 1)])
+    reason = f"header of {limit + 1} bytes but no session, the limit is {limit}: register again"
+    assert heard(stranger) == [Reset(reason)]
+    desk.say(stranger, [bytes(limit)])
+    assert isinstance(heard(stranger)[0], Refuse)  # it was read, and is no message
+    assert desk.board.num_refused_messages == 2
+    worker, member = desk.join()
+    state = {f"{number:0200d}": np.zeros(1, np.float32) for number in range(500)}
+    update = encode(Update(100, 2, 0.0, 0.0, state))
+    assert wire_bytes(update[:1]) > limit
+    desk.board.send(member, Assign(100, 2, 0, 1, "fedavg", {}, {}))
+    assert desk.say(worker, update) is not None
+
+
+def test_strangers_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk()
+    stranger = desk.hub.worker()
+    for _ in range(20):
+        desk.say(stranger, [b"noise"])
+        desk.say(stranger, registration("a", sample_shape=(9,)))
+        heard(stranger)
+    numbers = [message.split()[2] for message in caplog.messages]
+    assert numbers == ["1", "2", "4", "8", "16", "32"]
+    assert all(len(message) < 500 and message.isprintable() for message in caplog.messages)
 
 
 def test_a_wish_to_stop_is_noticed_before_anything_is_read() -> None:

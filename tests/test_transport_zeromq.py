@@ -19,7 +19,7 @@ from mergesfl.errors import ConfigError, RemoteProtocolError, TransportError
 from mergesfl.protocol.codec import decode
 from mergesfl.protocol.limits import Limits
 from mergesfl.transport import LinkSettings
-from mergesfl.transport.zeromq import ZmqServer, ZmqWorker
+from mergesfl.transport.zeromq import SERVER_UNREAD_MESSAGES, ZmqServer, ZmqWorker
 
 PATIENCE_SECONDS = 20.0
 IMPATIENT = LinkSettings(
@@ -182,6 +182,17 @@ def test_a_frame_above_the_limit_costs_the_connection_and_nobody_else() -> None:
         endpoint.close()
 
 
+@pytest.mark.parametrize(("asked", "granted"), [(64, SERVER_UNREAD_MESSAGES), (2, 2)])
+def test_a_server_keeps_few_unread_messages_of_a_peer(asked: int, granted: int) -> None:
+    settings = LinkSettings(max_queued_messages=asked)
+    server = ZmqServer("tcp://127.0.0.1:*", settings)
+    worker = ZmqWorker(server.address, settings)
+    assert server._socket.getsockopt(zmq.RCVHWM) == granted == min(asked, 8)
+    assert server._socket.getsockopt(zmq.SNDHWM) == worker._socket.getsockopt(zmq.SNDHWM) == asked
+    worker.close()
+    server.close()
+
+
 def test_bytes_that_are_no_zmtp_hurt_nobody(server: ZmqServer) -> None:
     host, port = server.address.removeprefix("tcp://").split(":")
     with socket.create_connection((host, int(port))) as raw:
@@ -281,7 +292,7 @@ def test_a_worker_needs_a_real_address(address: str) -> None:
     [
         {"heartbeat_timeout_seconds": 0.0},
         {"heartbeat_timeout_seconds": 7000.0},
-        {"heartbeat_interval_seconds": 31.0},
+        {"heartbeat_interval_seconds": 301.0},
         {"heartbeat_interval_seconds": 0.0},
         {"max_queued_messages": 0},
         {"linger_seconds": -1.0},

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mergesfl.data import load_dataset, parse_partition, save_partition
-from mergesfl.data.scale import IDENTITY
+from mergesfl.data.scale import IDENTITY, PIXELS
 from mergesfl.errors import ConfigError, DataError
 from mergesfl.models import build_model
 from mergesfl.protocol.codec import decode, encode
@@ -41,6 +41,7 @@ from mergesfl.seeding import generator_for
 from mergesfl.transport.memory import MemoryHub, MemoryServer
 from ps.switchboard import InterruptedRunError
 from tests.memory_cluster import (
+    CLASS_NAMES,
     FEATURE_BYTES,
     FEATURE_SHAPE,
     NUM_CLASSES,
@@ -52,10 +53,11 @@ from tests.memory_cluster import (
     play_daemons,
     same_tensors,
     small_config,
+    welcome,
     without,
     write_dataset,
 )
-from workers.daemon import Daemon, DaemonSettings, WorkFailedError
+from workers.daemon import Daemon, DaemonSettings, WorkFailedError, warm_up
 from workers.link import RefusedError
 from workers.local_data import LocalData, load_local_data, share_of
 from workers.pace import DeclaredPace
@@ -63,7 +65,7 @@ from workers.pace import DeclaredPace
 torch.set_num_threads(1)
 
 PATIENCE_SECONDS = 20.0  # a bound for a broken test, not a claim about speed
-WELCOME = Welcome("cnn", "conv2", NUM_CLASSES, SAMPLE_SHAPE, 3)
+WELCOME = welcome(3)
 SPLIT = 2  # exchanges
 FEDERATED = 0
 
@@ -71,7 +73,7 @@ FEDERATED = 0
 def some_data() -> LocalData:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, *SAMPLE_SHAPE)).astype(np.float32)  # (6, 1, 8, 8)
-    return LocalData(x, np.array([0, 0, 1, 1, 1, 2]), IDENTITY, SAMPLE_SHAPE, NUM_CLASSES)
+    return LocalData(x, np.array([0, 0, 1, 1, 1, 2]), IDENTITY, SAMPLE_SHAPE, CLASS_NAMES)
 
 
 class Stage:
@@ -172,6 +174,19 @@ def answer(stage: Stage, features: Features) -> None:
     stage.say(Gradient(features.round_num, features.step, 0.0, np.full_like(features.features, 0.01)))
 
 
+def test_an_id_that_the_server_would_refuse_is_the_users_error() -> None:
+    with pytest.raises(ConfigError, match=r"worker id '\[/x\]', expected a letter or digit"):
+        Daemon(
+            DaemonSettings("[/x]"),
+            MemoryHub().worker,
+            some_data(),
+            torch.device("cpu"),
+            FastClock(),
+            DeclaredPace(0.01, 0.002),
+            lambda: True,
+        )
+
+
 # One session.
 
 
@@ -180,6 +195,7 @@ def test_it_says_what_it_holds_builds_the_model_and_is_ready(stages: Callable[..
     register = stage.expect(Register)
     assert (register.worker_id, register.num_samples, register.label_counts) == ("a", 6, (2, 3, 1))
     assert (register.protocol_version, register.sample_shape) == (1, SAMPLE_SHAPE)
+    assert register.class_names == ("0", "1", "2")
     assert {"mergesfl", "torch", "python"} <= register.versions.keys()
     stage.say(WELCOME)
     assert stage.expect(Ready) == Ready(FEATURE_SHAPE, FEATURE_BYTES)
@@ -248,6 +264,86 @@ def test_a_released_worker_takes_the_next_assignment(stages: Callable[..., Stage
     features = stage.expect(Features)
     assert features.round_num == 200
     assert len(stage.peers) == 1  # the same session
+
+
+def test_labels_are_matched_by_name_and_all_workers_share_the_scale_of_the_run(stages: Callable[..., Stage]) -> None:
+    """The run: 0 = bed, 1 = cat, 2 = zero, stored as 0..16. This worker calls cat 0 and zero 1, and stores 16 only."""
+    x = np.full((4, *SAMPLE_SHAPE), 16, np.uint8)
+    data = LocalData(x, np.array([0, 1, 0, 0]), PIXELS, SAMPLE_SHAPE, ("cat", "zero"))
+    stage = stages(data=data)
+    assert stage.expect(Register).class_names == ("cat", "zero")
+    facts: dict[str, Any] = {"stored_type": "uint8", "divisor": 16.0, "mean": (0.5,), "std": (0.25,)}
+    stage.say(replace(WELCOME, class_names=("bed", "cat", "zero"), **facts))
+    stage.expect(Ready)
+    stage.say(assign(100, SPLIT))
+    features = stage.expect(Features)
+    assert sorted(features.labels) == [1, 1, 1, 2]
+    bottom = build_model("cnn", None, SAMPLE_SHAPE, NUM_CLASSES, 0).bottom
+    z = bottom(torch.full((4, *SAMPLE_SHAPE), 2.0))  # (16 / 16 - 0.5) / 0.25
+    np.testing.assert_allclose(features.features, z.detach().numpy(), atol=1e-6)
+    stage.say(Reset("who are you?"))
+    assert stage.expect(Register).class_names == ("cat", "zero")  # the next run may be another one
+
+
+def test_a_worker_without_samples_takes_part_however_they_would_be_stored(stages: Callable[..., Stage]) -> None:
+    nothing = LocalData(np.zeros((0, *SAMPLE_SHAPE), np.float32), np.zeros(0, np.int64), IDENTITY, SAMPLE_SHAPE, ())
+    stage = stages(data=nothing)
+    assert stage.expect(Register).label_counts == ()
+    stage.say(replace(WELCOME, stored_type="uint8"))
+    stage.expect(Ready)
+
+
+def test_only_the_part_that_is_trained_goes_to_the_device(
+    stages: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    move = torch.nn.Module.to
+
+    def to(module: torch.nn.Module, *where: Any) -> torch.nn.Module:
+        moved.append(type(module).__name__)
+        return move(module, *where)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    stage = stages()
+    stage.join()
+    stage.say(assign(100, SPLIT))
+    for _ in range(2):
+        answer(stage, stage.expect(Features))
+    stage.expect(Update)
+    assert set(moved) == {"Half"}
+    stage.say(assign(200, FEDERATED, num_steps=1))
+    stage.expect(Update)
+    assert moved[-1] == "SplitModel"
+
+
+def test_the_warm_up_changes_nothing() -> None:
+    """M5 has batch-norm, whose statistics a pass in training mode would change."""
+    shape = (1, 8000)
+    bottom = build_model("m5", "block3", shape, NUM_CLASSES, 0).bottom
+    before = {name: tensor.clone() for name, tensor in bottom.state_dict().items()}
+    passes = []
+    bottom.register_forward_hook(lambda module, x, z: passes.append((tuple(x[0].shape), z.requires_grad)))
+    random_state = torch.get_rng_state()
+    warm_up(bottom, shape, torch.device("cpu"))
+    assert passes == [((2, *shape), True)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bottom.state_dict().items())
+    assert all(parameter.grad is None for parameter in bottom.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(module.training for module in bottom.modules())
+
+
+def test_a_device_that_cannot_run_the_bottom_is_named(
+    stages: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("workers.daemon.warm_up", fail)
+    stage = stages()
+    stage.expect(Register)
+    stage.say(WELCOME)
+    assert "the bottom of cnn cut at conv2 does not run on cpu: out of memory" in stage.expect(Leave).reason
+    assert isinstance(stage.ended(), WorkFailedError)
 
 
 # Many sessions.
@@ -346,6 +442,14 @@ def test_a_refused_worker_ends_with_the_reason(stages: Callable[..., Stage]) -> 
         (
             replace(WELCOME, sample_shape=(3, 8, 8)),
             "the run is for samples of shape (3, 8, 8), this worker holds (1, 8, 8): name the data set of the run",
+        ),
+        (
+            replace(WELCOME, stored_type="uint8"),
+            "is for samples stored as uint8, this worker's are float32: store them",
+        ),
+        (
+            replace(WELCOME, class_names=("0", "2", "bed")),
+            "this worker holds 3 samples of class '1', the run knows 0, 2, bed: name the data set of the run",
         ),
     ],
 )
@@ -514,6 +618,26 @@ def test_local_data_is_a_data_set_of_its_own_or_a_share_of_a_partition(tmp_path:
     for wrong in (None, -1, 3):
         with pytest.raises(ConfigError, match=f"--index {wrong}: .* has the shares 0 to 2"):
             load_local_data(text, path, wrong, 144)
+    with pytest.raises(ConfigError, match="--index 0 names a share of a partition: name the file too, with"):
+        load_local_data(text, None, 0, 144)
     other = f"npz:{write_dataset(tmp_path / 'other', 30)}"
     with pytest.raises(DataError, match="was drawn for other labels"):
         load_local_data(other, path, 0, 144)
+
+
+def test_a_worker_decodes_its_share_of_a_folder_of_images_only(tmp_path: Path) -> None:
+    """Ten images of two classes; the worker's share leaves out a file that cannot be decoded."""
+    image_module = pytest.importorskip("PIL.Image")
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(5):
+            grey = np.full((4, 4), 100 * label + index, np.uint8)
+            image_module.fromarray(grey).save(tmp_path / "train" / name / f"{index}.png")
+    (tmp_path / "train" / "cat" / "3.png").write_bytes(b"damaged")
+    labels = np.repeat([0, 1], 5)
+    partition = parse_partition("dominant(1)").split(labels, 2, np.random.default_rng(0))  # all dogs are worker 1's
+    save_partition(tmp_path / "partition.npz", partition, labels, 2)
+    local = load_local_data(f"folder:{tmp_path}", tmp_path / "partition.npz", 1, 4)
+    assert local.x[:, 0, 0, 0].tolist() == [100, 101, 102, 103, 104] and local.label_counts == (0, 5)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        load_local_data(f"folder:{tmp_path}", tmp_path / "partition.npz", 0, 4)

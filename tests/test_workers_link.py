@@ -25,8 +25,9 @@ from mergesfl.protocol.messages import (
     Welcome,
 )
 from mergesfl.transport.base import Frames
-from tests.memory_cluster import FEATURE_SHAPE, SAMPLE_SHAPE, HandClock, registration
+from tests.memory_cluster import FEATURE_SHAPE, HandClock, registration, welcome
 from workers.link import (
+    HANDSHAKE_SECONDS,
     PING_SECONDS,
     POLL_SECONDS,
     Link,
@@ -37,7 +38,7 @@ from workers.link import (
     StoppedError,
 )
 
-WELCOME = Welcome("cnn", "conv2", 3, SAMPLE_SHAPE, 0)
+WELCOME = welcome(0)
 ASSIGN = Assign(100, 2, 2, 1, "mergesfl", {}, {})
 FEATURES = Features(100, 0, np.ones((1, 2), np.float32), np.zeros(1, np.int64))
 GRADIENT = Gradient(100, 0, 0.0, np.ones((1, 2), np.float32))
@@ -154,6 +155,37 @@ def test_a_waiting_worker_pings_once_a_second() -> None:
         line.link.receive()
     assert PING_SECONDS == 1.0 and POLL_SECONDS == 0.2
     assert line.endpoint.sent[3:] == [Ping()] * 4
+
+
+def test_a_registration_without_an_answer_is_given_up() -> None:
+    line = Line(registration("a"))
+    with pytest.raises(SessionLostError, match="no answer within 10 s of registering"):
+        line.link.receive()
+    assert line.clock.seconds == pytest.approx(HANDSHAKE_SECONDS, abs=2 * POLL_SECONDS)
+
+
+def test_the_patience_with_a_registration_begins_when_it_is_sent_and_again_with_every_sign_of_the_server() -> None:
+    line = Line()
+    line.endpoint.online_at_seconds = 300.0
+    line.link.send(registration("a"))  # waits for the connection
+    begin_seconds, signs = line.clock.seconds, [8.0, 16.0]
+
+    def give_signs() -> None:
+        if signs and line.clock.seconds >= begin_seconds + signs[0]:
+            signs.pop(0)
+            line.endpoint.inbox.append(Pong())
+
+    line.link._check = give_signs
+    with pytest.raises(SessionLostError, match="no answer"):
+        line.link.receive()
+    assert line.clock.seconds - begin_seconds == pytest.approx(16.0 + HANDSHAKE_SECONDS, abs=3 * POLL_SECONDS)
+
+
+def test_a_worker_that_is_ready_waits_for_a_server_that_evaluates_for_hours() -> None:
+    line = Line(*IDLE)
+    line.stop_at_seconds = 7200.0
+    with pytest.raises(StoppedError):
+        line.link.receive()
 
 
 def test_a_wish_to_stop_is_noticed_at_the_next_poll() -> None:

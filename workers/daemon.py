@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mergesfl
 from mergesfl.data.sampling import Batches
+from mergesfl.data.scale import Scale
 from mergesfl.errors import ConfigError, MergeSFLError
 from mergesfl.methods import find_method
 from mergesfl.methods.base import Assignment
 from mergesfl.models import build_model
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Assign, Ready, Register, Update, Welcome, round_of
+from mergesfl.protocol.rules import check_worker_id
 from mergesfl.runtime.arrays import arrays_to_state, state_to_arrays
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.devices import describe_device
@@ -33,6 +35,7 @@ from workers.pace import Pace
 # Cutting a torchvision network patches torch.nn while it traces (mergesfl/training/tracing.py): one thread at a time.
 _BUILD_LOCK = threading.Lock()
 
+WARM_UP_SAMPLES = 2  # enough to load the kernels, little enough for a slow device [ours]
 RETRY_SECONDS = 1.0  # between the end of a session and the next registration
 
 
@@ -71,9 +74,11 @@ class Daemon:
         pace: Pace,
         should_stop: Callable[[], bool],
     ) -> None:
+        check_worker_id(settings.worker_id)
         self._settings = settings
         self._connect = connect
         self._data = data
+        self._run_data = data  # with labels and scale of the run
         self._device = device
         self._clock = clock
         self._pace = pace
@@ -139,6 +144,7 @@ class Daemon:
                 },
                 num_samples=len(data.y),
                 label_counts=data.label_counts,
+                class_names=data.class_names,
                 sample_shape=data.sample_shape,
             )
         )
@@ -158,25 +164,33 @@ class Daemon:
                 self._log.warning("released from the round: %s", release)
 
     def _build(self, welcome: Welcome) -> tuple[int, ...]:
-        """Builds the model once per kind; the shape of one sample at its cut."""
+        """Builds the model once per kind and fits the data to the run; the shape of one sample at its cut."""
         if welcome.sample_shape != self._data.sample_shape:
             raise ConfigError(
                 f"the run is for samples of shape {welcome.sample_shape}, this worker holds {self._data.sample_shape}: "
                 "name the data set of the run with --dataset"
             )
-        key = (welcome.model, welcome.cut, welcome.sample_shape, welcome.num_classes)
+        scale = Scale(welcome.divisor, welcome.mean, welcome.std, welcome.flip, welcome.crop_padding_pixels)
+        self._run_data = self._data.relabelled(welcome.class_names).rescaled(scale, welcome.stored_type)
+        num_classes = len(welcome.class_names)
+        key = (welcome.model, welcome.cut, welcome.sample_shape, num_classes)
         if self._model is None or key != self._model_key:
             with _BUILD_LOCK:
-                self._model = build_model(welcome.model, welcome.cut, welcome.sample_shape, welcome.num_classes, 0)
-            self._model.to(self._device)
-            self._model_key = key
+                model = build_model(welcome.model, welcome.cut, welcome.sample_shape, num_classes, 0)
+                try:
+                    warm_up(model.bottom, welcome.sample_shape, self._device)
+                except RuntimeError as error:
+                    raise WorkFailedError(
+                        f"the bottom of {welcome.model} cut at {welcome.cut} does not run on {self._device}: {error}"
+                    ) from error
+            self._model, self._model_key = model, key
         self._seed = welcome.seed
         return self._model.feature_shape(welcome.sample_shape)
 
     def _work(self, link: Link, assign: Assign) -> None:
         """One round: runs the method's `work` and reports. Raises RoundReleasedError and the ends of a session."""
         assert self._model is not None, "the model is built before the first assignment"
-        data, worker_id, round_num = self._data, self._settings.worker_id, round_of(assign.round_num)
+        data, worker_id, round_num = self._run_data, self._settings.worker_id, round_of(assign.round_num)
         generator = generator_for(self._seed, "batches", worker_id, round_num)
         batches = Batches(data.x, data.y, assign.batch_size, generator, data.scale, augment=True)
         exchange = TimedExchange(link, assign.round_num, assign.batch_size, self._clock, self._pace, self._device)
@@ -189,6 +203,7 @@ class Daemon:
             seed=seed_for(self._seed, "worker", worker_id, round_num),
         )
         try:
+            (self._model.bottom if assign.num_exchanges else self._model).to(self._device)
             result = find_method(assign.method).work(self._model, assignment, self._on_device(batches), exchange)
         except (RuntimeError, ValueError, KeyError) as error:  # out of memory, or a state that does not fit the model
             raise WorkFailedError(f"round {round_num + 1} failed on this worker: {error}") from error
@@ -216,3 +231,17 @@ class Daemon:
         for x, y in batches:
             self._check()
             yield x.to(self._device), y.to(self._device)
+
+
+def warm_up(bottom: nn.Module, sample_shape: tuple[int, ...], device: torch.device) -> None:
+    """Moves the bottom to the device and runs it once, forward and backward, so that no observation pays for loading.
+
+    In evaluation mode and without an optimizer: parameters, buffers, gradients and generators stay as they are.
+    Raises RuntimeError when the device cannot do it.
+    """
+    bottom.to(device).eval()
+    z = bottom(torch.zeros(WARM_UP_SAMPLES, *sample_shape, device=device))  # (WARM_UP_SAMPLES, F...)
+    if z.requires_grad:  # else the bottom has nothing to train
+        parameters = [parameter for parameter in bottom.parameters() if parameter.requires_grad]
+        torch.autograd.grad(z.sum(), parameters, allow_unused=True)
+    bottom.train()

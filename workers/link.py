@@ -9,12 +9,17 @@ from mergesfl.errors import LocalProtocolError, MergeSFLError, RemoteProtocolErr
 from mergesfl.protocol.codec import decode, encode
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Goodbye, Leave, Message, Ping, Pong, Refuse, Release, Reset
-from mergesfl.protocol.session import Arrival, Role, Session
+from mergesfl.protocol.session import Arrival, Role, Session, State
 from mergesfl.runtime.clock import Clock
 from mergesfl.transport.base import WorkerEndpoint
 
 POLL_SECONDS = 0.2  # how soon a wish to stop is noticed
 PING_SECONDS = 1.0  # a restarted parameter server learns of us, and we of its restart, within this time
+
+
+# Without a sign of the server for so long a registration is taken for lost (something else listens at the address, the
+# server ended with it unread). A server that evaluates is silent, too: to register again does no harm then. [ours]
+HANDSHAKE_SECONDS = 10.0
 
 
 class SessionLostError(MergeSFLError):
@@ -42,7 +47,7 @@ class Link:
 
     Args:
         endpoint: the connection; this object closes it.
-        clock: measures the time between two pings.
+        clock: measures the time between two pings, and how long the server is silent during the handshake.
         check: called at every poll; raises StoppedError when the worker should end.
     """
 
@@ -52,6 +57,7 @@ class Link:
         self._check = check
         self._session = Session(Role.WORKER)
         self._last_ping_seconds = clock.now_seconds()
+        self._last_sign_seconds = clock.now_seconds()  # of the server, or of our own message to it
 
     def close(self) -> None:
         """Closes the endpoint."""
@@ -68,6 +74,7 @@ class Link:
             unasked = self._next()
             if unasked is not None:
                 raise SessionLostError(f"got {type(unasked).__name__} where nothing was asked")
+        self._last_sign_seconds = self._clock.now_seconds()
 
     def leave(self, reason: str) -> None:
         """Says that this worker goes, if there is a session and a connection to say it on."""
@@ -85,6 +92,7 @@ class Link:
             message = self._next()
             if message is not None:
                 return message
+            self._check_handshake()
             self._ping()
 
     def _next(self) -> Message | None:
@@ -93,6 +101,7 @@ class Link:
         frames = self._endpoint.recv(POLL_SECONDS)
         if frames is None:
             return None
+        self._last_sign_seconds = self._clock.now_seconds()
         try:
             message = decode(frames)
             arrival = self._session.receive(message)
@@ -109,6 +118,12 @@ class Link:
         if isinstance(message, Release):
             raise RoundReleasedError(message.reason)
         return message
+
+    def _check_handshake(self) -> None:
+        """A registration has to be answered soon. Later the server may be silent for long, as when it evaluates."""
+        silent_seconds = self._clock.now_seconds() - self._last_sign_seconds
+        if self._session.state is State.REGISTERING and silent_seconds >= HANDSHAKE_SECONDS:
+            raise SessionLostError(f"no answer within {HANDSHAKE_SECONDS:g} s of registering")
 
     def _ping(self) -> None:
         """Asks the server whether it still knows us, at most once per PING_SECONDS."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergesfl.data.cifar10 import load_cifar10
-from mergesfl.data.dataset import Dataset, Scale, Split
+from mergesfl.data.dataset import Dataset, IntArray, Scale, Split
 from mergesfl.data.digits import load_digits
 from mergesfl.data.folder import load_folder
 from mergesfl.data.har import load_har
@@ -50,6 +50,7 @@ class Loader:
         load: reads it; raises DataError or ConfigError.
         bundled: it comes with a library and has no root.
         downloads: it can be fetched from the network when asked to.
+        chooses: `load` itself reads no other training samples than those asked for; else they are taken afterwards.
     """
 
     description: str
@@ -59,6 +60,7 @@ class Loader:
     load: Callable[[Request], Dataset]
     bundled: bool = False
     downloads: bool = False
+    chooses: bool = False
 
 
 DATASETS: dict[str, Loader] = {
@@ -94,24 +96,30 @@ DATASETS: dict[str, Loader] = {
         "Speech Commands v2, one-second words, 1 x 16,000, 35 words, grouped by speaker",
         ("speech_commands_v0.02", "speech"),
         "one folder of wav files per word, testing_list.txt and validation_list.txt; or an archive with X_train "
-        "(n, 16000) int16 or float32, y_train and the same for test",
-        "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz", load_speech,
+        "(n, 16000) int16 or float32, y_train and the same for test; a worker's own data: without lists, without test",
+        "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz", load_speech, chooses=True,
     ),
     "folder": Loader(
         "any images: train/CLASS/* and test/CLASS/* (or val/), brought to one size; IMAGE-100 is such a folder",
-        (), "folders train and test (or val), each with one folder of images per class",
-        "your own images, or 100 classes of https://www.image-net.org", load_folder,
+        (), "folders train and test (or val), each with one folder of images per class; a worker's own data: train",
+        "your own images, or 100 classes of https://www.image-net.org", load_folder, chooses=True,
     ),
     "npz": Loader(
         "any numpy archive with X_train, y_train, X_test, y_test",
-        (), "a .npz file with X_train, y_train, X_test, y_test; optional group_train, group_test, classes, num_classes",
+        (), "a .npz file with X_train, y_train, X_test, y_test (a worker's own data: the first two); optional "
+        "group_train, group_test, classes (names in label order), num_classes",
         "written with numpy.savez", load_npz,
     ),
 }  # fmt: skip
 
 
 def load_dataset(
-    name: str, root: Path | None = None, download: bool = False, image_size_pixels: int = IMAGE_SIZE_PIXELS
+    name: str,
+    root: Path | None = None,
+    download: bool = False,
+    image_size_pixels: int = IMAGE_SIZE_PIXELS,
+    train_only: bool = False,
+    choose: Callable[[IntArray], IntArray] | None = None,
 ) -> Dataset:
     """One data set of the table, checked.
 
@@ -120,6 +128,8 @@ def load_dataset(
         root: file or folder that holds it; None looks below ./data.
         download: whether it may be fetched from the network (torchvision's data sets only).
         image_size_pixels: only "folder" looks at it.
+        train_only: what a worker brings needs no test part and may hold no samples, see Request.
+        choose: from the labels of all training samples (n,) to the rows to keep; None: all of them.
 
     Raises:
         ConfigError: unknown name, no root where one is needed, a library that is not installed.
@@ -146,8 +156,10 @@ def load_dataset(
         root = next((place for place in places if place.exists()), places[0])
     if download and not loader.downloads:
         raise ConfigError(f"data set '{name}' cannot be downloaded here: get it from {loader.source}")
+    request = Request(root.expanduser(), download, image_size_pixels, train_only, choose)
     try:
-        return loader.load(Request(root.expanduser(), download, image_size_pixels))
+        dataset = loader.load(request)
     except DataError as error:
         advice = f"Expected at {root}: {loader.expected}. Get it: {loader.source}"
         raise DataError(f"data set '{name}': {error}. {advice}") from error
+    return dataset if loader.chooses else replace(dataset, train=request.share_of(dataset.train))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mergesfl.data.dataset import Array, Dataset, Scale, make_split
-from mergesfl.data.npz import channels_first, read_npz
+from mergesfl.data.npz import channels_first, members, read_npz
 from mergesfl.data.optional import require
 from mergesfl.data.request import Request
 from mergesfl.errors import DataError
@@ -29,8 +29,8 @@ def load_cifar10(request: Request) -> Dataset:
     root = request.root
     path = root if root.is_file() else root / ARCHIVE_NAME
     if path.is_file():
-        arrays = read_npz(path)
-        parts = {part: (channels_first(arrays[f"X_{part}"]), arrays[f"y_{part}"]) for part in ("train", "test")}
+        arrays = read_npz(path, members(request))
+        parts = {part: (channels_first(arrays[f"X_{part}"]), arrays[f"y_{part}"]) for part in request.parts}
         for part, (images, _) in parts.items():
             if images.dtype != np.uint8:
                 raise DataError(f"{path}: X_{part} of type {images.dtype}, expected uint8 pixels")
@@ -38,12 +38,13 @@ def load_cifar10(request: Request) -> Dataset:
         path = root / FOLDER_NAME
         if not path.is_dir() and not request.download:
             raise DataError(f"{path}: no such folder")
-        parts = {part: _through_torchvision(part == "train", request) for part in ("train", "test")}
+        parts = {part: _through_torchvision(part == "train", request) for part in request.parts}
     splits = {
         part: make_split(f"{path}, {part}", images, labels, None, len(CLASSES), SAMPLE_SHAPE)
         for part, (images, labels) in parts.items()
     }
-    return Dataset("cifar10", splits["train"], splits["test"], len(CLASSES), CLASSES, SAMPLE_SHAPE, SCALE)
+    train = splits["train"]
+    return Dataset("cifar10", train, splits.get("test", train.take(())), len(CLASSES), CLASSES, SAMPLE_SHAPE, SCALE)
 
 
 def _through_torchvision(train: bool, request: Request) -> tuple[Array, Array]:

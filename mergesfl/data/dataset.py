@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mergesfl.data.scale import IDENTITY, PIXELS, SOUND, Array, Scale, scale_of
 from mergesfl.errors import DataError
+from mergesfl.protocol.limits import DEFAULT
 
 __all__ = ["IDENTITY", "PIXELS", "SOUND", "Array", "Dataset", "IntArray", "Scale", "Split", "make_split", "scale_of"]
 
@@ -55,11 +56,15 @@ class Dataset:
     Attributes:
         name: its name in mergesfl.data.DATASETS.
         train: training split; what the partitioners spread over the workers.
-        test: test split; only evaluated.
+        test: test split; only evaluated; empty where only the training split was asked for.
         num_classes: C.
-        class_names: (C,) in label order.
+        class_names: (C,) in label order, distinct: the labels of a worker's own data are matched by these names. Data
+            without names use "0", "1", ..., so that their numbers are matched.
         sample_shape: shape of one sample as the network wants it, the channel first.
         scale: how stored numbers become the network's input.
+
+    Raises:
+        DataError: class names that are not C distinct ones which a message can carry.
     """
 
     name: str
@@ -70,9 +75,28 @@ class Dataset:
     sample_shape: tuple[int, ...]
     scale: Scale
 
+    def __post_init__(self) -> None:
+        names, longest = self.class_names, DEFAULT.max_name_length
+        if len(names) != self.num_classes or len(set(names)) != len(names):
+            raise DataError(
+                f"{len(names)} class names, {len(set(names))} of them distinct, for {self.num_classes} classes: "
+                "expected one distinct name per class"
+            )
+        for name in names:
+            if not 0 < len(name) <= longest or not name.isprintable():
+                raise DataError(
+                    f"class name {name[:longest]!r}: expected 1 to {longest} printable characters; rename it"
+                )
+
 
 def make_split(
-    where: object, x: Array, y: Array, groups: Array | None, num_classes: int, sample_shape: tuple[int, ...]
+    where: object,
+    x: Array,
+    y: Array,
+    groups: Array | None,
+    num_classes: int,
+    sample_shape: tuple[int, ...],
+    may_be_empty: bool = False,
 ) -> Split:
     """A checked split from what a file held.
 
@@ -83,6 +107,7 @@ def make_split(
         groups: (n,) integers, or None.
         num_classes: C.
         sample_shape: what one sample must look like.
+        may_be_empty: whether n = 0 is legal: a worker of a run may hold nothing.
 
     Raises:
         DataError: wrong shapes, counts that differ, no rows, a label out of range, numbers that are not finite.
@@ -93,7 +118,7 @@ def make_split(
         raise DataError(f"{where}: {len(x)} samples and labels of shape {y.shape}, expected one label per sample")
     if groups is not None and groups.shape != y.shape:
         raise DataError(f"{where}: {len(x)} samples and groups of shape {groups.shape}, expected one group per sample")
-    if len(x) == 0:
+    if len(x) == 0 and not may_be_empty:
         raise DataError(f"{where}: no samples, expected at least one")
     labels = _integers(where, "labels", y)  # (n,)
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
@@ -105,7 +130,7 @@ def make_split(
 
 
 def _integers(where: object, what: str, values: Array) -> IntArray:
-    if values.dtype.kind not in "iu":
+    if values.dtype.kind not in "iu" and values.size:  # np.array([]) is float64
         raise DataError(f"{where}: {what} of type {values.dtype}, expected whole numbers")
     return values.astype(np.int64)
 
@@ -117,7 +142,7 @@ def _samples(where: object, x: Array) -> Array:
         return np.ascontiguousarray(x)
     with np.errstate(over="ignore"):  # what overflows float32 is reported just below
         stored: Array = np.ascontiguousarray(x, dtype=np.float32)
-    finite = np.isfinite(stored.reshape(len(stored), -1)).all(axis=1)  # (n,)
+    finite = np.isfinite(stored).all(axis=tuple(range(1, stored.ndim)))  # (n,)
     if not finite.all():
         row = int(np.flatnonzero(~finite)[0])
         raise DataError(f"{where}: row {row} (from 0) holds numbers that are not finite, expected finite float32")

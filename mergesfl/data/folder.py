@@ -1,6 +1,7 @@
 """Any folder of class folders of images: train/CLASS/*.jpg and test/CLASS/*.jpg (or val/). IMAGE-100 is read this way.
 
-All images are decoded once and held as uint8: IMAGE-100 at 144 pixels takes 62,208 bytes per image, 8 GB in all.
+Images are decoded once and held as uint8: IMAGE-100 at 144 pixels takes 62,208 bytes per image, 8 GB in all; a worker
+decodes its own share only.
 Legend: n images, s x s pixels.
 """
 
@@ -22,7 +23,7 @@ SCALE = Scale(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), flip=True)
 
 
 def load_folder(request: Request) -> Dataset:
-    """The images, each scaled and centre-cropped to s x s. [ours]
+    """The images, each scaled and centre-cropped to s x s. [ours] Of the training images only the rows asked for.
 
     Raises:
         DataError: a folder is missing, the classes of the two splits differ, or an image cannot be decoded.
@@ -31,25 +32,22 @@ def load_folder(request: Request) -> Dataset:
     root, size = request.root, request.image_size_pixels
     if size < 1:
         raise ConfigError(f"image_size_pixels is {size}, expected at least 1")
-    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if not (root / "train").is_dir() or test_root is None:
-        raise DataError(f"{root}: no folder train and test (or val), expected both, with one folder per class")
-    classes = _class_folders(root / "train")
-    if _class_folders(test_root) != classes:
-        odd = sorted(set(classes) ^ set(_class_folders(test_root)))
-        raise DataError(f"{root}: classes that are only in train or only in {test_root.name}: {', '.join(odd)}")
-    if not classes:
+    folders = _part_folders(request)
+    classes = _class_folders(folders["train"])
+    if not classes and not request.train_only:
         raise DataError(f"{root / 'train'}: no class folders")
     shape = (3, size, size)
     splits = {}
-    for part, folder in (("train", root / "train"), ("test", test_root)):
+    for part, folder in folders.items():
         paths = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
-        x = np.empty((len(paths), *shape), dtype=np.uint8)  # (n, 3, s, s)
-        for row, (path, _) in enumerate(paths):
-            x[row] = read_image(path, size)
         y = np.array([label for _, label in paths], dtype=np.int64)  # (n,)
-        splits[part] = make_split(folder, x, y, None, len(classes), shape)
-    return Dataset("folder", splits["train"], splits["test"], len(classes), classes, shape, SCALE)
+        rows = request.rows(y) if part == "train" else np.arange(len(y))
+        x = np.empty((len(rows), *shape), dtype=np.uint8)  # (n, 3, s, s), n = len(rows) from here on
+        for place, row in enumerate(rows):
+            x[place] = read_image(paths[row][0], size)
+        splits[part] = make_split(folder, x, y[rows], None, len(classes), shape, request.train_only)
+    train = splits["train"]
+    return Dataset("folder", train, splits.get("test", train.take(())), len(classes), classes, shape, SCALE)
 
 
 def read_image(path: Path, size_pixels: int) -> Array:
@@ -63,6 +61,22 @@ def read_image(path: Path, size_pixels: int) -> Array:
         raise DataError(f"{path}: cannot be decoded, expected an image: {error}") from error
     pixels: Array = np.asarray(fitted, dtype=np.uint8)  # (s, s, 3)
     return np.moveaxis(pixels, 2, 0)  # (3, s, s)
+
+
+def _part_folders(request: Request) -> dict[str, Path]:
+    """The folder of each split to read; their class folders are the same."""
+    root, train = request.root, request.root / "train"
+    if request.train_only:
+        if not train.is_dir():
+            raise DataError(f"{root}: no folder train, expected one, with one folder per class")
+        return {"train": train}
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not train.is_dir() or test is None:
+        raise DataError(f"{root}: no folder train and test (or val), expected both, with one folder per class")
+    odd = sorted(set(_class_folders(train)) ^ set(_class_folders(test)))
+    if odd:
+        raise DataError(f"{root}: classes that are only in train or only in {test.name}: {', '.join(odd)}")
+    return {"train": train, "test": test}
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mergesfl.data.dataset import IDENTITY, Array, Dataset, make_split
-from mergesfl.data.npz import group_members, read_npz
+from mergesfl.data.npz import group_members, members, read_npz
 from mergesfl.data.request import Request
 from mergesfl.errors import DataError
 
@@ -36,10 +36,10 @@ def load_har(request: Request) -> Dataset:
         raise DataError(f"{root}: no such file or folder")
     if root.is_file() or (root / ARCHIVE_NAME).is_file():
         path = root if root.is_file() else root / ARCHIVE_NAME
-        parts = _read_archive(path)
+        parts = _read_archive(path, request)
     else:
         path = root / FOLDER_NAME if (root / FOLDER_NAME).is_dir() else root
-        parts = {part: _read_text_part(path, part) for part in ("train", "test")}
+        parts = {part: _read_text_part(path, part) for part in request.parts}
     splits = {}
     for part, (x, y, subjects) in parts.items():
         where = f"{path}, {part}"
@@ -47,13 +47,15 @@ def load_har(request: Request) -> Dataset:
             raise DataError(f"{where}: signals of shape {x.shape}, expected (windows, {len(SIGNALS)}, {NUM_STEPS})")
         windows = x.transpose(0, 2, 1)[:, None]  # (n, 1, 128, 9)
         splits[part] = make_split(where, windows, y, subjects, len(ACTIVITIES), SAMPLE_SHAPE)
-    return Dataset("har", splits["train"], splits["test"], len(ACTIVITIES), ACTIVITIES, SAMPLE_SHAPE, IDENTITY)
+    train = splits["train"]
+    test = splits.get("test", train.take(()))
+    return Dataset("har", train, test, len(ACTIVITIES), ACTIVITIES, SAMPLE_SHAPE, IDENTITY)
 
 
-def _read_archive(path: Path) -> dict[str, tuple[Array, Array, Array | None]]:
-    arrays = read_npz(path)
+def _read_archive(path: Path, request: Request) -> dict[str, tuple[Array, Array, Array | None]]:
+    arrays = read_npz(path, members(request))
     groups = dict(zip(("train", "test"), group_members(arrays), strict=True))
-    return {part: (arrays[f"X_{part}"], arrays[f"y_{part}"], groups[part]) for part in ("train", "test")}
+    return {part: (arrays[f"X_{part}"], arrays[f"y_{part}"], groups[part]) for part in request.parts}
 
 
 def _read_text_part(folder: Path, part: str) -> tuple[Array, Array, Array]:

@@ -45,7 +45,7 @@ def _load(name: str, torchvision_name: str, classes: tuple[str, ...], scale: Sca
     unpacked = (raw / "train-images-idx3-ubyte").is_file()
     packed = next((f for f in (raw, request.root) if (f / "train-images-idx3-ubyte.gz").is_file()), None)
     splits = {}
-    for part in ("train", "test"):
+    for part in request.parts:
         if packed is not None and not unpacked:
             where = packed / f"{PREFIXES[part]}-*.gz"
             images = read_idx(packed / f"{PREFIXES[part]}-images-idx3-ubyte.gz")  # (n, 28, 28)
@@ -54,7 +54,8 @@ def _load(name: str, torchvision_name: str, classes: tuple[str, ...], scale: Sca
             where = raw
             images, labels = _through_torchvision(torchvision_name, part == "train", raw, request)
         splits[part] = make_split(where, images[:, None], labels, None, len(classes), SAMPLE_SHAPE)
-    return Dataset(name, splits["train"], splits["test"], len(classes), classes, SAMPLE_SHAPE, scale)
+    train = splits["train"]
+    return Dataset(name, train, splits.get("test", train.take(())), len(classes), classes, SAMPLE_SHAPE, scale)
 
 
 def _through_torchvision(torchvision_name: str, train: bool, raw: Path, request: Request) -> tuple[Array, Array]:

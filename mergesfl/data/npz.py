@@ -1,7 +1,7 @@
 """Any numpy archive with X_train, y_train, X_test, y_test; and the careful reading of archives that others share.
 
 Optional members: group_* / subject_* / speaker_* (who a sample comes from), classes (names in label order) and
-num_classes (for a worker's own archive, which may not hold every class).
+num_classes (for a worker's own archive, which may not hold every class). A worker's own archive needs no test part.
 Legend: n samples, C classes, K channels, H x W pixels.
 """
 
@@ -20,7 +20,6 @@ from mergesfl.data.dataset import Array, Dataset, make_split, scale_of
 from mergesfl.data.request import Request
 from mergesfl.errors import DataError
 
-REQUIRED = ("X_train", "y_train", "X_test", "y_test")
 GROUP_PREFIXES = ("group_", "groups_", "subject_", "speaker_")
 
 # What zipfile, its decompressors and numpy's header reader raise for bytes that are not what they should be.
@@ -30,7 +29,7 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def read_npz(path: Path, required: tuple[str, ...] = REQUIRED) -> dict[str, Array]:
+def read_npz(path: Path, required: tuple[str, ...]) -> dict[str, Array]:
     """All arrays of an archive; never unpickles. Raises DataError for a missing, damaged or incomplete file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file, expected a numpy archive with {', '.join(required)}")
@@ -48,6 +47,11 @@ def read_npz(path: Path, required: tuple[str, ...] = REQUIRED) -> dict[str, Arra
     return arrays
 
 
+def members(request: Request) -> tuple[str, ...]:
+    """The members that must be there for the splits to read."""
+    return tuple(f"{kind}_{part}" for part in request.parts for kind in "Xy")
+
+
 def group_members(arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
     """The groups of the training and of the test split, (n,) each; names become numbers common to both splits."""
     for prefix in GROUP_PREFIXES:
@@ -63,8 +67,9 @@ def group_members(arrays: Mapping[str, Array]) -> tuple[Array | None, Array | No
     return None, None
 
 
-def class_members(path: Path, arrays: Mapping[str, Array]) -> tuple[int, tuple[str, ...]]:
+def class_members(request: Request, arrays: Mapping[str, Array]) -> tuple[int, tuple[str, ...]]:
     """The number of classes and their names: from the archive if it tells them, else from the largest label."""
+    path = request.root
     if "classes" in arrays:
         names = tuple(str(name) for name in arrays["classes"].ravel())
         return len(names), names
@@ -74,10 +79,10 @@ def class_members(path: Path, arrays: Mapping[str, Array]) -> tuple[int, tuple[s
             raise DataError(f"{path}: num_classes is {declared}, expected one whole number of at least 1")
         num_classes = int(declared.ravel()[0])
     else:
-        labels = [arrays[name] for name in ("y_train", "y_test")]
-        if any(part.dtype.kind not in "iu" or part.size == 0 for part in labels):
+        labels = [arrays[f"y_{part}"] for part in request.parts]
+        if any(part.dtype.kind not in "iu" if part.size else not request.train_only for part in labels):
             raise DataError(f"{path}: y_train and y_test must hold whole numbers, at least one each")
-        num_classes = max(int(part.max()) for part in labels) + 1
+        num_classes = max((int(part.max()) for part in labels if part.size), default=-1) + 1
     return num_classes, tuple(str(label) for label in range(num_classes))
 
 
@@ -96,15 +101,21 @@ def channels_first(x: Array) -> Array:
 def load_npz(request: Request) -> Dataset:
     """The data set in one archive. Raises DataError when it is missing or damaged."""
     path = request.root
-    arrays = read_npz(path)
-    num_classes, names = class_members(path, arrays)
-    groups_train, groups_test = group_members(arrays)
-    x_train, x_test = channels_first(arrays["X_train"]), channels_first(arrays["X_test"])
-    if x_train.ndim < 2:
-        raise DataError(f"{path}: X_train of shape {x_train.shape}, expected (samples, ...)")
-    if x_train.dtype != x_test.dtype:
-        raise DataError(f"{path}: X_train is {x_train.dtype} and X_test {x_test.dtype}, expected the same type")
-    sample_shape = x_train.shape[1:]
-    train = make_split(f"{path}, train", x_train, arrays["y_train"], groups_train, num_classes, sample_shape)
-    test = make_split(f"{path}, test", x_test, arrays["y_test"], groups_test, num_classes, sample_shape)
-    return Dataset("npz", train, test, num_classes, names, sample_shape, scale_of(train.x.dtype))
+    arrays = read_npz(path, members(request))
+    num_classes, names = class_members(request, arrays)
+    groups = dict(zip(("train", "test"), group_members(arrays), strict=True))
+    x = {part: channels_first(arrays[f"X_{part}"]) for part in request.parts}
+    if x["train"].ndim < 2:
+        raise DataError(f"{path}: X_train of shape {x['train'].shape}, expected (samples, ...)")
+    if x["train"].dtype != x[request.parts[-1]].dtype:
+        raise DataError(f"{path}: X_train is {x['train'].dtype} and X_test {x['test'].dtype}, expected the same type")
+    shape = x["train"].shape[1:]
+    splits = {
+        part: make_split(
+            f"{path}, {part}", x[part], arrays[f"y_{part}"], groups[part], num_classes, shape, request.train_only
+        )
+        for part in request.parts
+    }
+    train = splits["train"]
+    test = splits.get("test", train.take(()))
+    return Dataset("npz", train, test, num_classes, names, shape, scale_of(train.x.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from mergesfl.data.dataset import IntArray
 from mergesfl.data.npz import read_npz
 from mergesfl.data.statistics import PartitionStatistics, partition_statistics
 from mergesfl.errors import ConfigError, DataError, unknown_name
+from mergesfl.runtime.files import write_atomic
 
 Rule = Callable[[IntArray, int, np.random.Generator, "IntArray | None", float], list[IntArray]]
 
@@ -170,15 +172,17 @@ def parse_partition(text: str) -> Partitioner:
 def save_partition(path: Path, partition: Partition, labels: IntArray, num_classes: int) -> PartitionStatistics:
     """Writes the partition to `path` (.npz) and its statistics, readable, beside it (.json); returns them.
 
+    Each file is written whole or not at all, the partition last: where it exists its statistics do too.
+
     Raises ConfigError for another suffix, and DataError for labels that are not the partition's.
     """
     if path.suffix != ".npz":
         raise ConfigError(f"a partition is saved as .npz, got '{path}': change the name")
     statistics = partition_statistics(partition, labels, num_classes)
     ends = np.cumsum([len(rows) for rows in partition.assignments])  # (N,)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = io.BytesIO()
     np.savez_compressed(
-        path,
+        packed,
         rows=np.concatenate(partition.assignments),  # (n,) worker after worker
         ends=ends,
         text=np.array(partition.text),
@@ -189,7 +193,9 @@ def save_partition(path: Path, partition: Partition, labels: IntArray, num_class
     report = json.dumps({**record, **dataclasses.asdict(statistics)}, indent=2)
     # One line per worker: json puts every number of a row on a line of its own.
     report = re.sub(r"\[[^\[\]]*\]", lambda row: re.sub(r"\s+", " ", row.group()), report)
-    path.with_suffix(".json").write_text(report + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path.with_suffix(".json"), (report + "\n").encode("utf-8"))
+    write_atomic(path, packed.getvalue())
     return statistics
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mergesfl.data.dataset import Array, Dataset, make_split, scale_of
-from mergesfl.data.npz import class_members, group_members, read_npz
+from mergesfl.data.npz import class_members, group_members, members, read_npz
 from mergesfl.data.request import Request
 from mergesfl.errors import DataError
 
@@ -26,17 +26,21 @@ def load_speech(request: Request) -> Dataset:
     """Speech Commands with speakers as groups. Raises DataError when it is missing or damaged.
 
     testing_list.txt is the test split; validation_list.txt is left out of both, as the data set's authors ask. A folder
-    with fewer words is accepted: the words found are the classes.
+    with fewer words is accepted: the words found are the classes. The lists of a worker's own folder may be missing or
+    name clips that it does not hold. Of the training clips only the rows asked for are read.
     """
     root = request.root
     if root.is_file():
-        return _load_archive(root)
+        return _load_archive(request)
     if not root.is_dir():
         raise DataError(f"{root}: no such file or folder")
     words = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))))
-    if not words:
+    if not words and not request.train_only:
         raise DataError(f"{root}: no word folders")
-    testing, validation = _read_list(root / "testing_list.txt"), _read_list(root / "validation_list.txt")
+    testing, validation = (
+        set() if request.train_only and not (root / name).exists() else _read_list(root / name)
+        for name in ("testing_list.txt", "validation_list.txt")
+    )
     parts: dict[str, list[str]] = {"train": [], "test": []}
     for word in words:
         for path in sorted((root / word).glob("*.wav")):
@@ -46,23 +50,26 @@ def load_speech(request: Request) -> Dataset:
             elif clip not in validation:
                 parts["train"].append(clip)
     absent = sorted(testing - set(parts["test"]))
-    if absent:
+    if absent and not request.train_only:
         raise DataError(
             f"{root / 'testing_list.txt'}: names {len(absent)} clips that are not there, first: {absent[0]}"
         )
     speakers = sorted({_speaker(clip) for clips in parts.values() for clip in clips})
     number = {speaker: index for index, speaker in enumerate(speakers)}
     splits = {}
-    for part, clips in parts.items():
-        x = np.zeros((len(clips), *SAMPLE_SHAPE), dtype=np.int16)  # (n, 1, 16000)
-        for row, clip in enumerate(clips):
-            sound = read_wav(root / clip)
-            x[row, 0, : len(sound)] = sound
+    for part in request.parts:
+        clips = parts[part]
         y = np.array([words.index(clip.partition("/")[0]) for clip in clips], dtype=np.int64)  # (n,)
         groups = np.array([number[_speaker(clip)] for clip in clips], dtype=np.int64)  # (n,)
-        splits[part] = make_split(f"{root}, {part}", x, y, groups, len(words), SAMPLE_SHAPE)
-    scale = scale_of(np.dtype(np.int16))
-    return Dataset("speech", splits["train"], splits["test"], len(words), words, SAMPLE_SHAPE, scale)
+        rows = request.rows(y) if part == "train" else np.arange(len(y))
+        x = np.zeros((len(rows), *SAMPLE_SHAPE), dtype=np.int16)  # (n, 1, 16000), n = len(rows) from here on
+        for place, row in enumerate(rows):
+            sound = read_wav(root / clips[row])
+            x[place, 0, : len(sound)] = sound
+        where = f"{root}, {part}"
+        splits[part] = make_split(where, x, y[rows], groups[rows], len(words), SAMPLE_SHAPE, request.train_only)
+    train, scale = splits["train"], scale_of(np.dtype(np.int16))
+    return Dataset("speech", train, splits.get("test", train.take(())), len(words), words, SAMPLE_SHAPE, scale)
 
 
 def read_wav(path: Path) -> Array:
@@ -93,17 +100,22 @@ def _speaker(clip: str) -> str:
     return clip.partition("/")[2].partition(SPEAKER_MARK)[0]
 
 
-def _load_archive(path: Path) -> Dataset:
-    arrays = read_npz(path)
-    num_classes, words = class_members(path, arrays)
+def _load_archive(request: Request) -> Dataset:
+    path = request.root
+    arrays = read_npz(path, members(request))
+    num_classes, words = class_members(request, arrays)
     groups = dict(zip(("train", "test"), group_members(arrays), strict=True))
     splits = {}
-    for part in ("train", "test"):
+    for part in request.parts:
         x = arrays[f"X_{part}"]
         if x.ndim == 2:
             x = x[:, None]  # (n, 1, 16000)
-        splits[part] = make_split(f"{path}, {part}", x, arrays[f"y_{part}"], groups[part], num_classes, SAMPLE_SHAPE)
-    train, test = splits["train"], splits["test"]
+        where = f"{path}, {part}"
+        splits[part] = make_split(
+            where, x, arrays[f"y_{part}"], groups[part], num_classes, SAMPLE_SHAPE, request.train_only
+        )
+    train = request.share_of(splits["train"])
+    test = splits.get("test", train.take(()))
     if train.x.dtype != test.x.dtype or train.x.dtype == np.uint8:
         raise DataError(
             f"{path}: X_train is {train.x.dtype}, X_test {test.x.dtype}; expected both int16 or both float32"

@@ -41,19 +41,30 @@ class Register:
     device: str  # description for people: "cuda: Orin" or "cpu: aarch64, 6 cores"
     versions: Mapping[str, str]  # {"mergesfl": "0.1.0", "torch": "2.5.0", "python": "3.10.12"}
     num_samples: int
-    label_counts: tuple[int, ...]  # (C',) with C' <= C: labels that this worker never saw at the end may be missing
+    label_counts: tuple[int, ...]  # (C',) samples of each class that this worker knows, in any order
+    class_names: tuple[str, ...]  # (C',) their names: the server matches them with those of the run
     sample_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """PS -> worker. Accepted: build this model, cut it here, and say when it is ready."""
+    """PS -> worker. Accepted: build this model, cut it here, and say when it is ready.
+
+    All workers turn stored numbers into input as the run does: (stored / divisor - mean) / std per channel, augmented
+    in training (mergesfl/data/scale.py). That is meant for numbers of `stored_type` only.
+    """
 
     model: str
     cut: str
-    num_classes: int
+    class_names: tuple[str, ...]  # (C,) in label order
     sample_shape: tuple[int, ...]
     seed: int
+    stored_type: str  # "uint8", "int16" or "float32"
+    divisor: float
+    mean: tuple[float, ...]  # (channels,) or ()
+    std: tuple[float, ...]  # as mean
+    flip: bool
+    crop_padding_pixels: int
 
 
 @dataclass(frozen=True)

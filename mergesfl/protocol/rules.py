@@ -7,12 +7,17 @@ exact: a bool is no int, a string no sequence. An int is a legal float, as in Py
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 
-from mergesfl.protocol.limits import Limits
+from mergesfl.errors import ConfigError
+from mergesfl.protocol.limits import DEFAULT, Limits
 
 Rule = Callable[[object, Limits], object]
+
+# Ids go into logs, tables, pictures and file names: nothing that any of those would interpret.
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*")
 
 
 class IllegalValue(ValueError):
@@ -74,6 +79,21 @@ def real(value: object, limits: Limits) -> float:
     return value
 
 
+def positive(value: object, limits: Limits) -> float:
+    """What is divided by: a finite float above 0."""
+    number = real(value, limits)
+    if number <= 0.0:
+        raise IllegalValue(f"{number}, expected a number above 0")
+    return number
+
+
+def flag(value: object, limits: Limits) -> bool:
+    """True or False."""
+    if type(value) is not bool:
+        raise IllegalValue(f"{shown(value)}, expected a bool")
+    return value
+
+
 def seconds(value: object, limits: Limits) -> float:
     """A duration: a finite float from 0 to max_seconds."""
     number = real(value, limits)
@@ -83,12 +103,10 @@ def seconds(value: object, limits: Limits) -> float:
 
 
 def text(value: object, limits: Limits) -> str:
-    """Words for people: any str up to max_text_length characters that UTF-8 can carry."""
+    """Words for people: printable characters up to max_text_length, or none (no line breaks, no terminal codes)."""
     string = _string(value, limits.max_text_length)
-    try:
-        string.encode("utf-8")
-    except UnicodeEncodeError:
-        raise IllegalValue(f"{shown(string)} holds half a character (a surrogate)") from None
+    if not string.isprintable():
+        raise IllegalValue(f"{shown(string)}, expected printable characters")
     return string
 
 
@@ -98,6 +116,22 @@ def name(value: object, limits: Limits) -> str:
     if not string or not string.isprintable():
         raise IllegalValue(f"{shown(string)}, expected printable characters, at least one")
     return string
+
+
+def worker_id(value: object, limits: Limits) -> str:
+    """The name of a worker: a letter or digit, then letters, digits and . _ : @ - up to max_worker_id_length."""
+    string = _string(value, limits.max_worker_id_length)
+    if not _WORKER_ID.fullmatch(string):
+        raise IllegalValue(f"{shown(string)}, expected a letter or digit, then letters, digits and any of . _ : @ -")
+    return string
+
+
+def check_worker_id(value: str) -> None:
+    """Raises ConfigError for an id that could not be sent."""
+    try:
+        worker_id(value, DEFAULT)
+    except IllegalValue as error:
+        raise ConfigError(f"worker id {error}: choose another --id") from None
 
 
 def optional_name(value: object, limits: Limits) -> str:
@@ -120,9 +154,13 @@ def shape(value: object, limits: Limits) -> tuple[int, ...]:
     return tuple(_whole(dimension, 0, limits.max_message_bytes) for dimension in dimensions)
 
 
-def counts(value: object, limits: Limits) -> tuple[int, ...]:
-    """A sequence of counts."""
-    return tuple(count(item, limits) for item in _sequence(value, limits.max_sequence_length))
+def sequence_of(rule: Rule) -> Rule:
+    """The rule for a sequence of values that obey `rule`."""
+
+    def sequence(value: object, limits: Limits) -> tuple[object, ...]:
+        return tuple(rule(item, limits) for item in _sequence(value, limits.max_sequence_length))
+
+    return sequence
 
 
 def table_of(rule: Rule) -> Rule:
@@ -146,17 +184,21 @@ def table_of(rule: Rule) -> Rule:
 
 RULES: Mapping[str, Rule] = {
     "batch_size": count,
+    "class_names": sequence_of(name),
     "compute_seconds": seconds,
+    "crop_padding_pixels": count,
     "cut": optional_name,
     "device": text,
+    "divisor": positive,
     "feature_bytes_per_sample": count,
     "feature_shape": shape,
+    "flip": flag,
     "held_seconds": seconds,
-    "label_counts": counts,
+    "label_counts": sequence_of(count),
+    "mean": sequence_of(real),
     "method": name,
     "metrics": table_of(real),
     "model": name,
-    "num_classes": count,
     "num_exchanges": count,
     "num_samples": count,
     "num_steps": count,
@@ -166,10 +208,12 @@ RULES: Mapping[str, Rule] = {
     "sample_shape": shape,
     "seed": seed,
     "settings": table_of(setting),
+    "std": sequence_of(positive),
     "step": count,
+    "stored_type": name,
     "transfer_seconds": seconds,
     "versions": table_of(text),
-    "worker_id": name,
+    "worker_id": worker_id,
 }
 
 ARRAY_FIELDS = frozenset({"features", "labels", "gradient"})  # one tensor each

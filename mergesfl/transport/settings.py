@@ -14,7 +14,7 @@ class LinkSettings:
     Attributes:
         linger_seconds: how long `close` waits for queued messages to leave.
         max_queued_messages: per peer and direction (ZMQ's high-water mark). The protocol is lock-step: a handful is
-            under way at a time.
+            under way at a time. What a server has not read is bounded further (zeromq.py, SERVER_UNREAD_MESSAGES).
         heartbeat_interval_seconds: a peer is asked this often.
         heartbeat_timeout_seconds: a peer that completes no frame for so long after a question is dropped. libzmq counts
             whole frames only, and its answer waits behind the frame being sent: this must exceed the time that the

@@ -6,6 +6,10 @@ number of frames of one message while it is under way. Only a peer that may conn
 
 A frame of 64 KiB and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the message has
 left. Frames that were received belong to the receiver. An endpoint belongs to one thread.
+
+The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
+Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
+frames together.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
+# At the server, per peer. The protocol is lock-step: one message of a worker is under way, and a few pings while the
+# server evaluates. The rest of the pings waits on the worker's side, where a full queue drops them. [ours]
+SERVER_UNREAD_MESSAGES = 8
 LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
 
 
@@ -97,6 +104,7 @@ class ZmqServer(_Endpoint):
         check_address(address, wildcard=True)
         check_ipc_path(address)
         super().__init__(zmq.ROUTER, settings, context, limits)
+        self._socket.setsockopt(zmq.RCVHWM, min(settings.max_queued_messages, SERVER_UNREAD_MESSAGES))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an absent peer is an error, not silence
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again keeps its name
         try:
