@@ -109,11 +109,9 @@ class Server:
         except (InterruptedRunError, QuorumError):
             self._checkpoint(next_round, last_safe_state)
             raise
-        return self._recorder.finish(
-            self._program.network,
-            sorted(self._fleet.known_label_counts),
-            self._clock.now_seconds() - self._begin_seconds,
-        )
+        wall_seconds = self._clock.now_seconds() - self._begin_seconds
+        self._switchboard.say_goodbye("the run is complete")  # now: pictures and export take a while
+        return self._recorder.finish(self._program.network, sorted(self._fleet.known_label_counts), wall_seconds)
 
     def _restore(self) -> int:
         checkpoint = self._recorder.load()

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from tests.processes import SMALL, declared, journal, run
+from mergesfl.cli import app
+from tests.processes import SMALL, declared, journal
+from tests.processes import run as run_process
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left on the terminal."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Commands take over SIGINT and SIGTERM; here they run in the test's own process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def run(*words: str, settings: Sequence[str] = ()) -> Ended:
+    """The command line, in this process (a new one takes seconds to import torch)."""
+    result = CliRunner().invoke(app, [*words, *(part for text in settings for part in ("--set", text))])
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
 
 QUICK = [*SMALL, *declared(2), "cluster.transport=memory", "training.num_rounds=1"]
 
@@ -46,6 +77,13 @@ def test_a_wrong_setting_leaves_no_folder_behind_that_blocks_the_right_one(tmp_p
     assert again.returncode == 2
     assert "already holds a run: continue it with --resume, replace it with --overwrite" in again.stderr
     assert len(journal(tmp_path / "twice")) == 1
+
+
+def test_the_same_holds_for_the_real_command(tmp_path: Path) -> None:
+    ended = run_process("run", settings=[*QUICK, f"output.folder={tmp_path}", "training.num_round=3"])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: configuration:\n  unknown key 'training.num_round'")
+    assert "Traceback" not in ended.stderr
 
 
 def test_missing_and_broken_configuration_files_are_named(tmp_path: Path) -> None:

@@ -80,8 +80,17 @@ def test_the_digits_scale_standardises_the_training_split() -> None:
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"mergesfl\[ps\]"):
         load_dataset("digits")
+
+
+def test_digits_come_from_scikit_learn_itself_where_its_file_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn.datasets")
+    direct = load_dataset("digits")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    loaded = load_dataset("digits")
+    assert np.array_equal(loaded.train.x, direct.train.x) and np.array_equal(loaded.test.y, direct.test.y)
 
 
 @pytest.mark.parametrize(

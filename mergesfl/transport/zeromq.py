@@ -14,6 +14,7 @@ frames together.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import weakref
@@ -31,6 +32,8 @@ Context = zmq.Context[zmq.Socket[bytes]]
 # At the server, per peer. The protocol is lock-step: one message of a worker is under way, and a few pings while the
 # server evaluates. The rest of the pings waits on the worker's side, where a full queue drops them. [ours]
 SERVER_UNREAD_MESSAGES = 8
+DRAIN_SECONDS = 0.2  # a server that closes waits so long for messages under way
+MAX_DRAINED_MESSAGES = 10_000
 LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
 
 
@@ -147,6 +150,17 @@ class ZmqServer(_Endpoint):
         """
         frames = self._receive(timeout_seconds)
         return None if frames is None else (bytes(frames[0]), frames[1:])
+
+    def close(self) -> None:
+        """Closes the socket; reads what has arrived first.
+
+        A TCP connection that is closed with unread data is reset, and what was sent on it just before (a goodbye) lost.
+        """
+        with contextlib.suppress(TransportError):
+            for _ in range(MAX_DRAINED_MESSAGES):
+                if self._receive(DRAIN_SECONDS) is None:
+                    break
+        super().close()
 
 
 class ZmqWorker(_Endpoint):
