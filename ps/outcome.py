@@ -106,6 +106,8 @@ class RoundOutcome:
             evaluation_seconds=accounts.evaluation_seconds,
             learning_rate=accounts.learning_rate,
             attempt=accounts.attempt,
+            ingress_budget_bytes=plan.ingress_budget_bytes,
+            ingress_bytes_per_step=plan.ingress_bytes_per_step,
         )
 
 

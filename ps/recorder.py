@@ -6,13 +6,15 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mergesfl.config import RunConfig, config_values
+from mergesfl.control.divergence import kl_nats, label_distributions, mean_distribution
 from mergesfl.data.dataset import Dataset
 from mergesfl.errors import CheckpointError, ConfigError
 from mergesfl.runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -20,7 +22,7 @@ from mergesfl.runtime.files import write_atomic
 from mergesfl.runtime.journal import Journal, RoundRecord, read_journal, summarise, write_summary
 from mergesfl.training.split import SplitModel
 from ps.export import export_model
-from ps.plots import plot_accuracy, plot_batch_sizes
+from ps.plots import plot_accuracy, plot_batch_sizes, plot_partition
 from ps.progress import Progress
 from ps.tensorboard import TensorBoardWriter, open_tensorboard
 
@@ -166,8 +168,13 @@ class Recorder:
         every = self._config.output.checkpoint_every_rounds
         return next_round % every == 0 or next_round == self._config.training.num_rounds
 
-    def finish(self, network: SplitModel, worker_names: Sequence[str], wall_seconds: float) -> dict[str, Any]:
-        """Writes summary, pictures and model; returns the summary. worker_names: the whole fleet, chosen or not."""
+    def finish(
+        self, network: SplitModel, label_counts: Mapping[str, tuple[int, ...]], wall_seconds: float
+    ) -> dict[str, Any]:
+        """Writes summary, pictures and model; returns the summary.
+
+        label_counts: (C,) of every worker ever seen, chosen or not; empty for a run without workers.
+        """
         config, folder = self._config, self._folder
         records = read_journal(folder / "journal.jsonl")
         values = {
@@ -185,7 +192,9 @@ class Recorder:
         )
         if config.output.plots:
             plot_accuracy(folder / "accuracy.png", records, title)
-            plot_batch_sizes(folder / "batch_sizes.png", records, worker_names, title)
+            plot_batch_sizes(folder / "batch_sizes.png", records, sorted(label_counts) or ["central"], title)
+            if label_counts and not (folder / "partition.png").exists():  # every worker brought data of its own
+                self._plot_local_data(label_counts)
         if config.output.export:
             scale = self._dataset.scale
             facts = {"divisor": scale.divisor, "mean": scale.mean, "std": scale.std}
@@ -199,6 +208,16 @@ class Recorder:
                 folder / "model", network.to("cpu"), self._dataset.sample_shape, self._dataset.class_names, metadata
             )
         return summary
+
+    def _plot_local_data(self, label_counts: Mapping[str, tuple[int, ...]]) -> None:
+        """partition.png from what the workers said of themselves."""
+        counts = np.array([label_counts[name] for name in sorted(label_counts)])  # (N, C)
+        distributions = label_distributions(counts)  # (N, C)
+        held = distributions[counts.sum(axis=1) > 0]
+        kls_nats = [kl_nats(row, mean_distribution(distributions)) for row in held]
+        mean_kl_nats = sum(kls_nats) / len(kls_nats) if kls_nats else 0.0
+        title = f"{self._dataset.name}, {self._partition}"
+        plot_partition(self._folder / "partition.png", counts, self._dataset.class_names, title, mean_kl_nats)
 
     def close(self) -> None:
         """Closes the files."""

@@ -222,7 +222,7 @@ def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> di
         recorder.record(_central_record(round_num, evaluation, loss_nats, batch_size, num_samples, round_seconds, rate))
         if recorder.is_checkpoint_due(round_num + 1):
             save(round_num + 1)
-    summary = recorder.finish(scene.network, ["central"], clock.now_seconds() - begin_seconds)
+    summary = recorder.finish(scene.network, {}, clock.now_seconds() - begin_seconds)
     recorder.close()
     return summary
 

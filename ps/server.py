@@ -111,7 +111,7 @@ class Server:
             raise
         wall_seconds = self._clock.now_seconds() - self._begin_seconds
         self._switchboard.say_goodbye("the run is complete")  # now: pictures and export take a while
-        return self._recorder.finish(self._program.network, sorted(self._fleet.known_label_counts), wall_seconds)
+        return self._recorder.finish(self._program.network, self._fleet.known_label_counts, wall_seconds)
 
     def _restore(self) -> int:
         checkpoint = self._recorder.load()

@@ -208,7 +208,8 @@ def test_the_end_leaves_summary_pictures_events_and_model(tmp_path: Path) -> Non
     recorder.open(0)
     for round_num in range(2):
         recorder.record(record_of(round_num))
-    summary = recorder.finish(build_model("cnn", None, SAMPLE_SHAPE, NUM_CLASSES, 0), ["a", "b", "c"], 2.5)
+    held = {"a": (3,) * NUM_CLASSES, "b": (0,) * NUM_CLASSES, "c": (1,) * NUM_CLASSES}
+    summary = recorder.finish(build_model("cnn", None, SAMPLE_SHAPE, NUM_CLASSES, 0), held, 2.5)
     recorder.close()
     assert summary == json.loads((config.run_folder / "summary.json").read_text())
     assert set(SUMMARY_KEYS) <= summary.keys()
@@ -218,7 +219,7 @@ def test_the_end_leaves_summary_pictures_events_and_model(tmp_path: Path) -> Non
     expected |= {"merged_kl_nats_mean": 0.0625, "num_rounds": 2, "num_workers": 3}
     assert {key: summary[key] for key in expected} == expected
     assert (summary["method"], summary["dataset"], summary["partition"]) == ("mergesfl", "npz", "by hand")
-    for name in ("accuracy.png", "batch_sizes.png"):
+    for name in ("accuracy.png", "batch_sizes.png", "partition.png"):
         assert (config.run_folder / name).read_bytes().startswith(b"\x89PNG")
     assert any((config.run_folder / "tensorboard").iterdir())
     assert any((config.run_folder / "model").glob("*.safetensors"))
