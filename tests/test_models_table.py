@@ -219,7 +219,7 @@ def test_the_smallest_audio_fits() -> None:
 
 
 def test_a_network_with_the_wrong_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = ModelSpec(lambda shape, num_classes: nn.Linear(4, num_classes + 1), "0", "", "(4,)")
+    wrong = ModelSpec(lambda shape, num_classes: nn.Linear(4, num_classes + 1), "0", "", "(4,)", (4,))
     monkeypatch.setitem(MODELS, "wrong", wrong)
     with pytest.raises(ConfigError, match=r"its output is \(4,\), not \(3,\)"):
         build_network("wrong", (4,), 3, 0)
