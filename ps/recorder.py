@@ -163,6 +163,11 @@ class Recorder:
         """Everything that the rounds from next_round on depend on."""
         save_checkpoint(self._folder / "checkpoints", next_round, tensors, state)
 
+    def is_evaluation_due(self, round_num: int) -> bool:
+        """In every k-th round, and in the last."""
+        training = self._config.training
+        return (round_num + 1) % training.evaluate_every_rounds == 0 or round_num + 1 == training.num_rounds
+
     def is_checkpoint_due(self, next_round: int) -> bool:
         """After every k rounds, and after the last."""
         every = self._config.output.checkpoint_every_rounds

@@ -214,8 +214,7 @@ def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> di
         worker_seed = seed_for(config.seed, "worker", CENTRAL_WORKER_ID, round_num)
         loss_nats, num_samples = train_round(scene.network, settings, round_num, worker_seed, batches, scene.device)
         round_seconds = clock.now_seconds() - round_begin_seconds
-        is_due = (round_num + 1) % training.evaluate_every_rounds == 0 or round_num + 1 == training.num_rounds
-        evaluation = scene.evaluate() if is_due else None
+        evaluation = scene.evaluate() if recorder.is_evaluation_due(round_num) else None
         rate = learning_rate(
             round_num, settings.learning_rate, settings.learning_rate_decay, settings.learning_rate_min
         )

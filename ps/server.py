@@ -100,7 +100,7 @@ class Server:
         last_safe_state = self._program.state_dict()
         try:
             while next_round < config.training.num_rounds:
-                record = self._play_round(next_round)
+                record = self._play_round(next_round, last_safe_state)
                 next_round += 1
                 last_safe_state = self._program.state_dict()
                 self._recorder.record(record)
@@ -129,10 +129,9 @@ class Server:
             next_round, tensors, {"fleet": self._fleet.state_dict(), "wall_seconds": wall_seconds}
         )
 
-    def _play_round(self, round_num: int) -> RoundRecord:
-        """Repeats the round until it counts. Raises QuorumError after too many void attempts."""
+    def _play_round(self, round_num: int, safe_state: dict[str, Tensor]) -> RoundRecord:
+        """Repeats the round from this state until it counts. Raises QuorumError after too many void attempts."""
         cluster = self._config.cluster
-        safe_state = self._program.state_dict()
         begin_bytes = (self._switchboard.ingress_bytes, self._switchboard.egress_bytes)
         begin_seconds = self._clock.now_seconds()
         dropped: list[DroppedWorker] = []  # of all attempts
@@ -234,8 +233,7 @@ class Server:
         outcome.teach(self._fleet.estimates, self._config.cluster.step_deadline_seconds)
         self._fleet.finished(list(outcome.seconds))
         round_seconds = self._clock.now_seconds() - begin_seconds
-        is_due = (round_num + 1) % training.evaluate_every_rounds == 0 or round_num + 1 == training.num_rounds
-        evaluation = self._evaluate() if is_due else None
+        evaluation = self._evaluate() if self._recorder.is_evaluation_due(round_num) else None
         accounts = Accounts(
             ingress_bytes=self._switchboard.ingress_bytes - begin_bytes[0],
             egress_bytes=self._switchboard.egress_bytes - begin_bytes[1],
