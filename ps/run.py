@@ -27,7 +27,6 @@ from mergesfl.runtime.devices import resolve_device
 from mergesfl.runtime.journal import RoundRecord
 from mergesfl.seeding import generator_for, seed_for
 from mergesfl.training.evaluation import Evaluation, evaluate
-from mergesfl.training.schedule import learning_rate
 from mergesfl.training.split import SplitModel
 from mergesfl.transport.base import ServerEndpoint
 from ps.fleet import Fleet
@@ -215,9 +214,7 @@ def train_centrally(scene: Scene, resume: bool, check: Callable[[], None]) -> di
         loss_nats, num_samples = train_round(scene.network, settings, round_num, worker_seed, batches, scene.device)
         round_seconds = clock.now_seconds() - round_begin_seconds
         evaluation = scene.evaluate() if recorder.is_evaluation_due(round_num) else None
-        rate = learning_rate(
-            round_num, settings.learning_rate, settings.learning_rate_decay, settings.learning_rate_min
-        )
+        rate = settings.rate_at(round_num)
         recorder.record(_central_record(round_num, evaluation, loss_nats, batch_size, num_samples, round_seconds, rate))
         if recorder.is_checkpoint_due(round_num + 1):
             save(round_num + 1)

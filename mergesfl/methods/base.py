@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
+from mergesfl.training.schedule import learning_rate
 from mergesfl.training.split import SplitModel
 
 Setting = int | float | str | bool
@@ -42,6 +43,10 @@ class MethodSettings:
     kl_epsilon_nats: float = 0.05
     fill_budget: bool = True
     allow_above_max: bool = True
+
+    def rate_at(self, round_num: int) -> float:
+        """The learning rate of this round [code]."""
+        return learning_rate(round_num, self.learning_rate, self.learning_rate_decay, self.learning_rate_min)
 
 
 @dataclass(frozen=True)

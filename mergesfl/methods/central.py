@@ -12,7 +12,7 @@ from torch.nn import functional
 from mergesfl.methods.base import Batches, MethodSettings
 from mergesfl.seeding import seed_for
 from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
 
@@ -33,7 +33,7 @@ def train_round(
     above the cut follows the server's stream, exactly as when the two halves are trained apart.
     """
     s = settings
-    rate = learning_rate(round_num, s.learning_rate, s.learning_rate_decay, s.learning_rate_min)
+    rate = s.rate_at(round_num)
     network.train()
     optimizer = make_sgd(network.parameters(), rate)
     loss_sum_nats, num_samples = 0.0, 0

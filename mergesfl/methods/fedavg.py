@@ -38,7 +38,7 @@ from mergesfl.methods.base import (
 from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
 
@@ -70,10 +70,7 @@ class FedAvgProgram:
 
     def settings_for(self, worker_id: str) -> dict[str, Setting]:
         """The learning rate of this round."""
-        s = self._settings
-        return {
-            "learning_rate": learning_rate(self._round_num, s.learning_rate, s.learning_rate_decay, s.learning_rate_min)
-        }
+        return {"learning_rate": self._settings.rate_at(self._round_num)}
 
     def state_for(self, worker_id: str) -> State:
         """The whole global model."""

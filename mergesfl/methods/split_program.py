@@ -31,7 +31,7 @@ from mergesfl.methods.base import (
 from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.schedule import learning_rate, make_sgd
+from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
 
@@ -86,12 +86,12 @@ class SplitProgram:
         self._num_samples = {worker.worker_id: worker.num_samples for worker in fleet.workers}
         self._losses_nats = []
         self._network.train()
-        self._trainer.open(plan.worker_ids, self._rate(plan.round_num))
+        self._trainer.open(plan.worker_ids, self._settings.rate_at(plan.round_num))
 
     def settings_for(self, worker_id: str) -> dict[str, Setting]:
         """The bottom's learning rate: `equal`, or `proportional`: eta * d_i / mean d [ours: the normalisation]."""
         plan = self._current_plan()
-        rate = self._rate(plan.round_num)
+        rate = self._settings.rate_at(plan.round_num)
         if self._settings.bottom_learning_rate == "proportional":
             rate *= plan.batch_size_of(worker_id) * len(plan.batch_sizes) / sum(plan.batch_sizes)
         return {"learning_rate": rate}
@@ -127,10 +127,6 @@ class SplitProgram:
     def _current_plan(self) -> RoundPlan:
         assert self._plan is not None, "open() comes first"
         return self._plan
-
-    def _rate(self, round_num: int) -> float:
-        s = self._settings
-        return learning_rate(round_num, s.learning_rate, s.learning_rate_decay, s.learning_rate_min)
 
 
 def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: Exchange) -> WorkResult:
