@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -29,46 +30,66 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="section.key=v
 ConfigFile = Annotated[Path | None, typer.Argument(help="TOML or JSON file; without one: all defaults")]
 
 
+Resume = Annotated[bool, typer.Option(help="go on from the last checkpoint")]
+Overwrite = Annotated[bool, typer.Option(help="replace an earlier run of this name")]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error")]
+RunFleet = Callable[[RunConfig, bool, bool, Console, StopFlag], object]
+
+
+def _start(
+    find: Callable[[], RunFleet],
+    config: Path | None,
+    settings: list[str] | None,
+    resume: bool,
+    overwrite: bool,
+    log_level: str,
+) -> None:
+    """Runs a whole fleet until it ends or is stopped; `find` imports what runs it, for no other command needs it."""
+
+    def command() -> None:
+        run_fleet = find()
+        set_up_logging(log_level)
+        stop = StopFlag()
+        stop.install()
+        run_fleet(load_config(config, settings or []), resume, overwrite, Console(), stop)
+
+    run_and_exit(command)
+
+
 @app.command()
 def run(
     config: ConfigFile = None,
     settings: Settings = None,
-    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
-    overwrite: Annotated[bool, typer.Option(help="replace an earlier run of this name")] = False,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "warning",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    log_level: LogLevel = "warning",
 ) -> None:
     """Run a whole cluster on this machine: one parameter server and its workers."""
 
-    def command() -> None:
+    def find() -> RunFleet:
         from mergesfl.cluster import run_cluster
 
-        set_up_logging(log_level)
-        stop = StopFlag()
-        stop.install()
-        run_cluster(load_config(config, settings or []), resume, overwrite, Console(), stop)
+        return run_cluster
 
-    run_and_exit(command)
+    _start(find, config, settings, resume, overwrite, log_level)
 
 
 @app.command()
 def simulate(
     config: ConfigFile = None,
     settings: Settings = None,
-    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
-    overwrite: Annotated[bool, typer.Option(help="replace an earlier run of this name")] = False,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "warning",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    log_level: LogLevel = "warning",
 ) -> None:
     """Run 80 (or 10,000) emulated devices in this process, on a virtual clock."""
 
-    def command() -> None:
+    def find() -> RunFleet:
         from mergesfl.simulation.run import simulate as run_simulation
 
-        set_up_logging(log_level)
-        stop = StopFlag()
-        stop.install()
-        run_simulation(load_config(config, settings or []), resume, overwrite, Console(), stop)
+        return run_simulation
 
-    run_and_exit(command)
+    _start(find, config, settings, resume, overwrite, log_level)
 
 
 @app.command()

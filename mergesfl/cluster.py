@@ -62,12 +62,7 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     ps_threads, worker_threads = local_thread_plan(config.cluster.num_workers, cores)
     set_threads(config.cluster.ps_threads or (cores if config.method.name == CENTRAL else ps_threads))
 
-    def check() -> None:
-        if stop.is_set():
-            raise InterruptedRunError(
-                f"stopped on request; go on with --resume (what is done is in {config.run_folder})"
-            )
-
+    check = stop_check(config, stop)
     try:
         scene = set_scene(config, partition_text(config), WallClock(), progress)
         partition = None if config.method.name == CENTRAL else partition_of(config, scene.dataset, resume)
@@ -75,8 +70,7 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         if partition is None:
             summary = train_centrally(scene, resume, check)
         else:
-            if not (resume and (folder / "partition.npz").exists()):
-                leave_partition(partition, scene.dataset, folder, config.output.plots)
+            leave_partition_once(partition, scene, folder, resume)
             threads = config.cluster.worker_threads or worker_threads
             if config.cluster.transport == "memory":
                 summary = _run_threads(scene, partition, resume, check)
@@ -86,6 +80,24 @@ def run_cluster(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         progress.close()
     progress.finished(summary, str(folder))
     return summary
+
+
+def stop_check(config: RunConfig, stop: StopFlag) -> Callable[[], None]:
+    """What raises InterruptedRunError once the run should stop, and says how to go on."""
+
+    def check() -> None:
+        if stop.is_set():
+            raise InterruptedRunError(
+                f"stopped on request; go on with --resume (what is done is in {config.run_folder})"
+            )
+
+    return check
+
+
+def leave_partition_once(partition: Partition, scene: Scene, folder: Path, resume: bool) -> None:
+    """Leaves the partition in the run's folder, unless a resumed run finds its own there."""
+    if not (resume and (folder / "partition.npz").exists()):
+        leave_partition(partition, scene.dataset, folder, scene.config.output.plots)
 
 
 def partition_text(config: RunConfig) -> str:

@@ -12,7 +12,7 @@ from mergesfl.control.batching import scale_to_total
 from mergesfl.control.facts import FleetFacts
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
-from mergesfl.control.selection import report_plan
+from mergesfl.control.selection import draw_participants, report_plan
 from mergesfl.errors import ConfigError
 
 
@@ -34,26 +34,15 @@ def plan_in_proportion(
     Raises: ConfigError if no worker has samples, or B is less than one sample per participant.
     """
     facts = FleetFacts.of(fleet)
-    candidates = np.flatnonzero(facts.num_samples > 0)
     if not 1 <= num_participants <= merged_samples:
         raise ConfigError(
             f"{merged_samples} merged samples for {num_participants} participants, expected at least 1 participant and "
             "1 sample for each: change control.participants_per_round or training.batch_size"
         )
-    chosen = np.sort(generator.choice(candidates, size=min(num_participants, len(candidates)), replace=False))  # (n,)
+    chosen = draw_participants(facts, num_participants, generator)  # (n,)
     num_samples = facts.num_samples[chosen]  # (n,)
     sizes = scale_to_total(num_samples, num_samples, merged_samples)  # (n,)
-    return report_plan(
-        round_num,
-        fleet,
-        facts,
-        chosen,
-        sizes,
-        kl_before_nats=None,
-        num_steps=num_steps,
-        num_exchanges=num_steps,
-        ingress_budget_bytes=0,
-    )
+    return report_plan(round_num, fleet, facts, chosen, sizes, num_steps, num_exchanges=num_steps)
 
 
 def plan_pooled(
@@ -75,14 +64,4 @@ def plan_pooled(
     num_drawn = min(merged_samples, int(facts.num_samples.sum()))
     sizes = generator.multivariate_hypergeometric(facts.num_samples, num_drawn, method="marginals")  # (N,)
     chosen = np.flatnonzero(sizes)  # (n,)
-    return report_plan(
-        round_num,
-        fleet,
-        facts,
-        chosen,
-        sizes[chosen],
-        kl_before_nats=None,
-        num_steps=num_steps,
-        num_exchanges=num_steps,
-        ingress_budget_bytes=0,
-    )
+    return report_plan(round_num, fleet, facts, chosen, sizes[chosen], num_steps, num_exchanges=num_steps)

@@ -171,20 +171,15 @@ def plan_uniform(
     for name, value in (("num_participants", num_participants), ("batch_size", batch_size), ("num_steps", num_steps)):
         at_least(1, name, value)
     facts = FleetFacts.of(fleet)
-    candidates = np.flatnonzero(facts.num_samples > 0)
-    chosen = np.sort(generator.choice(candidates, size=min(num_participants, len(candidates)), replace=False))
+    chosen = draw_participants(facts, num_participants, generator)  # (n,)
     sizes: IntArray = np.minimum(batch_size, facts.num_samples[chosen])
-    return report_plan(
-        round_num,
-        fleet,
-        facts,
-        chosen,
-        sizes,
-        kl_before_nats=None,
-        num_steps=num_steps,
-        num_exchanges=num_exchanges,
-        ingress_budget_bytes=0,
-    )
+    return report_plan(round_num, fleet, facts, chosen, sizes, num_steps, num_exchanges)
+
+
+def draw_participants(facts: FleetFacts, num_participants: int, generator: np.random.Generator) -> IntArray:
+    """(n,) workers drawn at random in the order of the fleet, none without samples; fewer if not so many have any."""
+    candidates = np.flatnonzero(facts.num_samples > 0)
+    return np.sort(generator.choice(candidates, size=min(num_participants, len(candidates)), replace=False))
 
 
 def report_plan(
@@ -193,12 +188,15 @@ def report_plan(
     facts: FleetFacts,
     chosen: IntArray,
     batch_sizes: IntArray,
-    kl_before_nats: float | None,
     num_steps: int,
     num_exchanges: int,
-    ingress_budget_bytes: int,
+    kl_before_nats: float | None = None,
+    ingress_budget_bytes: int = 0,
 ) -> RoundPlan:
-    """Everything that a plan reports about (n,) chosen workers and their batch sizes."""
+    """Everything that a plan reports about (n,) chosen workers and their batch sizes.
+
+    kl_before_nats: None where nothing was tuned; ingress_budget_bytes: 0 without a budget.
+    """
     kl_after_nats = kl_nats(mixture(batch_sizes, facts.distributions[chosen]), facts.reference)
     predicted_seconds = np.zeros(len(chosen))  # (n,)
     if facts.are_seconds_known:

@@ -11,7 +11,7 @@ from mergesfl.control.batching import regulated_batch_sizes
 from mergesfl.control.facts import FleetFacts
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
-from mergesfl.control.selection import report_plan
+from mergesfl.control.selection import draw_participants, report_plan
 from mergesfl.errors import ConfigError
 
 
@@ -37,22 +37,11 @@ def plan_by_speed(
             f"{num_participants} participants, expected at least 1: change control.participants_per_round"
         )
     facts = FleetFacts.of(fleet)
-    candidates = np.flatnonzero(facts.num_samples > 0)
-    chosen = np.sort(generator.choice(candidates, size=min(num_participants, len(candidates)), replace=False))  # (n,)
+    chosen = draw_participants(facts, num_participants, generator)  # (n,)
     sizes = regulated_batch_sizes(
         facts.seconds_per_sample[chosen],
         facts.num_samples[chosen],
         max_batch_size,
         facts.fixed_seconds_per_step[chosen],
     )  # (n,)
-    return report_plan(
-        round_num,
-        fleet,
-        facts,
-        chosen,
-        sizes,
-        kl_before_nats=None,
-        num_steps=num_steps,
-        num_exchanges=num_steps,
-        ingress_budget_bytes=0,
-    )
+    return report_plan(round_num, fleet, facts, chosen, sizes, num_steps, num_exchanges=num_steps)

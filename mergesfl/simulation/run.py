@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mergesfl.cluster import leave_partition, partition_of, partition_text
+from mergesfl.cluster import leave_partition_once, partition_of, partition_text, stop_check
 from mergesfl.config import RunConfig
 from mergesfl.errors import ConfigError
 from mergesfl.methods import CENTRAL
@@ -17,7 +17,6 @@ from mergesfl.simulation.fleet import VirtualFleet, with_fleet
 from ps.progress import Progress
 from ps.recorder import check_folder, prepare_folder
 from ps.run import set_scene
-from ps.switchboard import InterruptedRunError
 
 
 def simulate(config: RunConfig, resume: bool, overwrite: bool, console: Console, stop: StopFlag) -> dict[str, Any]:
@@ -34,12 +33,7 @@ def simulate(config: RunConfig, resume: bool, overwrite: bool, console: Console,
     set_threads(config.cluster.ps_threads)
     loop = EventLoop()
 
-    def check() -> None:
-        if stop.is_set():
-            raise InterruptedRunError(
-                f"stopped on request; go on with --resume (what is done is in {config.run_folder})"
-            )
-
+    check = stop_check(config, stop)
     try:
         scene = set_scene(config, partition_text(config), loop, progress)
         partition = partition_of(config, scene.dataset, resume)
@@ -49,8 +43,7 @@ def simulate(config: RunConfig, resume: bool, overwrite: bool, console: Console,
         fleet = VirtualFleet(scene, partition, loop)
         fleet.begin_round(checkpoint.round_num - 1 if checkpoint is not None else 0)
         folder = prepare_folder(config, resume)
-        if not (resume and (folder / "partition.npz").exists()):
-            leave_partition(partition, scene.dataset, folder, config.output.plots)
+        leave_partition_once(partition, scene, folder, resume)
         summary = loop.run(lambda: fleet.serve(resume, check))
     finally:
         progress.close()
