@@ -28,6 +28,7 @@ from mergesfl.runtime.journal import RoundRecord
 from mergesfl.runtime.patience import REAL, Patience
 from mergesfl.seeding import generator_for, seed_for
 from mergesfl.training.evaluation import Evaluation, evaluate
+from mergesfl.training.placement import place
 from mergesfl.training.split import SplitModel
 from mergesfl.transport.base import ServerEndpoint
 from ps.fleet import Fleet
@@ -141,7 +142,7 @@ def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progres
             f"cut, {sample_bytes} bytes: raise control.ingress_budget_bytes or cut where features are smaller"
         )
     recorder = Recorder(config, dataset, partition, progress)
-    return Scene(config, dataset, network.to(device), device, clock, recorder, progress)
+    return Scene(config, dataset, place(network, device), device, clock, recorder, progress)
 
 
 def no_charge(num_samples: int) -> None:

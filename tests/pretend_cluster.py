@@ -32,6 +32,7 @@ from mergesfl.methods.base import (
 )
 from mergesfl.models.initial import build_seeded
 from mergesfl.seeding import generator_for, seed_for
+from mergesfl.training.placement import place
 from mergesfl.training.split import SplitModel
 
 CPU = torch.device("cpu")
@@ -123,7 +124,7 @@ class PretendCluster:
 
     def __post_init__(self) -> None:
         self.program: ServerProgram = METHODS[self.method].make_server(copy.deepcopy(self.template), self.settings, CPU)
-        self._models = {name: copy.deepcopy(self.template) for name in self.shares}
+        self._models = {name: place(copy.deepcopy(self.template), CPU) for name in self.shares}  # as a worker does
         for model in self._models.values():
             for tensor in model.joined_state_dict().values():
                 tensor.fill_(float("nan") if tensor.is_floating_point() else -1)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from mergesfl.methods.central import train_round
 from mergesfl.models import build_model
 from mergesfl.seeding import seed_for
+from mergesfl.training.placement import place
 from mergesfl.training.split import SplitModel
 from tests.pretend_cluster import (
     CPU,
@@ -60,7 +61,7 @@ def test_one_worker_with_all_data_equals_central_training_to_the_bit(
     share = digits_like()
     settings = settings_of(num_steps=num_steps, batch_size=BATCH_SIZE, participants_per_round=1, merging=merging)
     cluster = PretendCluster(method, network, settings, {"only": share})
-    central = copy.deepcopy(network)
+    central = place(copy.deepcopy(network), CPU)
     start = cluster.parameters()
     for round_num in range(NUM_ROUNDS):
         plan = cluster.plan(round_num)
@@ -83,7 +84,7 @@ def test_one_worker_with_all_data_equals_central_training_to_the_bit(
 def test_fedavg_with_one_worker_equals_central_training_without_dropout() -> None:
     """Above the cut its masks come from the worker's stream instead of the server's: equal only without dropout."""
     cluster = small_cluster("fedavg", settings_of(participants_per_round=1), {"only": 20})
-    central = SplitModel(small_network(), "0")
+    central = place(SplitModel(small_network(), "0"), CPU)
     for round_num in range(NUM_ROUNDS):
         cluster.play(cluster.plan(round_num))
         batches = draw(SEED, cluster.shares["only"], round_num, "only", 4)

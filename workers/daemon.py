@@ -24,6 +24,7 @@ from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.devices import describe_device
 from mergesfl.runtime.patience import REAL, Patience
 from mergesfl.seeding import generator_for, seed_for
+from mergesfl.training.placement import place
 from mergesfl.transport.base import WorkerEndpoint
 from workers.exchange import TimedExchange
 from workers.link import Link, RoundReleasedError, RunFinishedError, SessionLostError, StoppedError
@@ -192,7 +193,7 @@ class Daemon:
             self._pace.begin_round(round_num, lambda: self._models.work_flops(assign.method, work, assignment))
             exchange = TimedExchange(link, assign.round_num, assign.batch_size, self._clock, self._pace, self._device)
             with self._models.lend() as model:
-                (model.bottom if assign.num_exchanges else model).to(self._device)
+                place(model.bottom if assign.num_exchanges else model, self._device)
                 result = work(model, assignment, self._on_device(batches), exchange)
         except (RuntimeError, ValueError, KeyError) as error:  # out of memory, or a state that does not fit the model
             raise WorkFailedError(f"round {round_num + 1} failed on this worker: {error}") from error

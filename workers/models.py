@@ -15,6 +15,7 @@ from mergesfl.methods.base import Assignment, Work
 from mergesfl.methods.flops import WorkFlops, count_work_flops
 from mergesfl.models import build_model
 from mergesfl.protocol.messages import Welcome
+from mergesfl.training.placement import place
 from mergesfl.training.split import SplitModel
 
 # Cutting a torchvision network patches torch.nn while it traces (mergesfl/training/tracing.py): one thread at a time.
@@ -94,7 +95,7 @@ def warm_up(bottom: nn.Module, sample_shape: tuple[int, ...], device: torch.devi
     In evaluation mode and without an optimizer: parameters, buffers, gradients and generators stay as they are.
     Raises RuntimeError when the device cannot do it.
     """
-    bottom.to(device).eval()
+    place(bottom, device).eval()
     z = bottom(torch.zeros(WARM_UP_SAMPLES, *sample_shape, device=device))  # (WARM_UP_SAMPLES, F...)
     if z.requires_grad:  # else the bottom has nothing to train
         parameters = [parameter for parameter in bottom.parameters() if parameter.requires_grad]

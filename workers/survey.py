@@ -19,6 +19,7 @@ from torch.nn import functional
 from mergesfl.methods.base import Assignment, Batches, Exchange, WorkResult
 from mergesfl.protocol.messages import Echo, Probe, Report, Survey, round_of
 from mergesfl.runtime.clock import Clock
+from mergesfl.training.placement import place
 from mergesfl.training.split import SplitModel
 from workers.link import Link, SessionLostError
 from workers.models import ModelSource
@@ -54,7 +55,7 @@ class SelfSurvey:
         assignment = Assignment(round_num, num_steps=1, batch_size=num_samples, settings={}, state={}, seed=0)
         self._pace.begin_round(round_num, lambda: self._models.work_flops(name, work, assignment))
         with self._models.lend() as model:  # no longer than it is computed with: others may wait for it
-            (model if survey.whole_network else model.bottom).to(self._device)
+            place(model if survey.whole_network else model.bottom, self._device)
             begin_seconds = self._clock.now_seconds()
             work(model, assignment, batches, _no_exchange)
             if self._device.type == "cuda":

@@ -38,6 +38,7 @@ from mergesfl.methods.base import (
 from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
+from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
@@ -47,7 +48,7 @@ class FedAvgProgram:
     """The server's side of FedAvg (implements `ServerProgram`); it has no exchanges."""
 
     def __init__(self, network: SplitModel, settings: MethodSettings, device: torch.device) -> None:
-        self._network = network.to(device)
+        self._network = place(network, device)
         self._settings = settings
         self._state = copy_state(network.joined_state_dict())
         self._round_num = 0

@@ -31,6 +31,7 @@ from mergesfl.methods.base import (
 from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
+from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
@@ -78,7 +79,7 @@ class SplitProgram:
         self._network = network
         self._settings = settings
         self._trainer = trainer
-        network.to(device)
+        place(network, device)
         self._bottom = copy_state(network.bottom.state_dict())
         self._plan: RoundPlan | None = None
         self._num_samples: dict[str, int] = {}
