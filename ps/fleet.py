@@ -63,6 +63,7 @@ class Fleet:
     by_id: dict[str, Member] = field(default_factory=dict)
     known_label_counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     participations: dict[str, int] = field(default_factory=dict)
+    _not_ready: dict[bytes, Member] = field(default_factory=dict)  # by peer; a part of by_peer
 
     @property
     def num_classes(self) -> int:
@@ -98,7 +99,7 @@ class Fleet:
             )
         self._check_room(message.worker_id)
         member = Member(message.worker_id, peer, session, message.device, message.num_samples, counts)
-        self.by_peer[peer] = member
+        self.by_peer[peer] = self._not_ready[peer] = member
         self.by_id[member.worker_id] = member
         return member
 
@@ -107,10 +108,21 @@ class Fleet:
         self._check_room(member.worker_id)
         self.known_label_counts[member.worker_id] = member.label_counts
         member.ready = True
+        self._not_ready.pop(member.peer, None)
 
     def not_ready(self) -> list[Member]:
         """The workers that have registered and not said more."""
-        return [member for member in self.by_peer.values() if not member.ready]
+        return list(self._not_ready.values())
+
+    @property
+    def num_not_ready(self) -> int:
+        """How many those are."""
+        return len(self._not_ready)
+
+    @property
+    def num_ready(self) -> int:
+        """How many workers have got ready: at least as many as are available, and known without looking at each."""
+        return len(self.by_peer) - len(self._not_ready)
 
     def _check_room(self, worker_id: str) -> None:
         num_known = len(self.known_label_counts)
@@ -124,6 +136,7 @@ class Fleet:
         """Takes a worker out; what is known of it stays."""
         member.gone_reason = member.gone_reason or reason
         self.by_peer.pop(member.peer, None)
+        self._not_ready.pop(member.peer, None)
         if self.by_id.get(member.worker_id) is member:
             del self.by_id[member.worker_id]
 

@@ -36,10 +36,11 @@ class Muster:
         cluster = self._cluster
         quorum = self.quorum_of(cluster.num_workers)
         end_seconds = self._clock.now_seconds() + cluster.start_deadline_seconds
-        while (num_here := len(self._fleet.available())) < cluster.num_workers:
+        while (num_here := self._num_here(cluster.num_workers)) < cluster.num_workers:
             self._progress.waiting(num_here, cluster.num_workers)
             remaining_seconds = end_seconds - self._clock.now_seconds()
             if remaining_seconds <= 0:
+                num_here = len(self._fleet.available())
                 if num_here >= quorum:
                     log.warning("starting with %d of %d workers", num_here, cluster.num_workers)
                     return
@@ -56,7 +57,7 @@ class Muster:
         cluster = self._cluster
         needed = self.quorum_of(cluster.num_workers)
         end_seconds = self._clock.now_seconds() + cluster.start_deadline_seconds
-        while len(self._fleet.available()) < needed:
+        while self._num_here(needed) < needed:
             if self._clock.now_seconds() >= end_seconds:
                 raise QuorumError(
                     f"{len(self._fleet.available())} of {cluster.num_workers} workers are left, {needed} are needed "
@@ -70,7 +71,8 @@ class Muster:
         Raises QuorumError when there is none, also after waiting.
         """
         self._switchboard.settle()
-        self._switchboard.probe(self._fleet.available())
+        if math.isfinite(self._switchboard.patience.probe_seconds):  # else nobody goes without a word
+            self._switchboard.probe(self._fleet.available())
         self.wait_for_quorum()
         if self._has_samples():
             return
@@ -81,6 +83,12 @@ class Muster:
                 "needed: check the partition or the workers' data sets, restart those that are lost, then go on with "
                 "--resume"
             )
+
+    def _num_here(self, num_enough: int) -> int:
+        """The workers that may be chosen. They are looked at one by one only where they could be enough: this is asked
+        after every message, and 10,000 workers send two each until they are ready."""
+        num_ready = self._fleet.num_ready
+        return num_ready if num_ready < num_enough else len(self._fleet.available())
 
     def _has_samples(self) -> bool:
         return any(member.num_samples for member in self._fleet.available())

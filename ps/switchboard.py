@@ -222,7 +222,7 @@ class Switchboard:
             if not isinstance(message, Leave):
                 self._answer(peer, Reset("this parameter server does not know your session: register again"))
             return
-        num_not_ready = len(self._fleet.not_ready())
+        num_not_ready = self._fleet.num_not_ready
         if num_not_ready >= self._fleet.max_workers:
             reason = f"{num_not_ready} workers are not ready, the limit is {self._fleet.max_workers}: register later"
             self._note_stranger(reason)

@@ -105,6 +105,22 @@ def test_only_ready_workers_that_are_heard_are_available_in_order_of_their_names
     assert [member.worker_id for member in fleet.available()] == ["a", "b", "c"]
 
 
+def test_who_is_ready_is_counted_without_looking_at_each() -> None:
+    fleet = new_fleet()
+    members = {name: admit(fleet, name, ready=name != "d") for name in "abcd"}
+    assert (fleet.num_ready, fleet.num_not_ready) == (3, 1)
+    members["b"].silent = True  # ready all the same
+    assert (fleet.num_ready, len(fleet.available())) == (3, 2)
+    fleet.remove(members["a"], "left")
+    fleet.get_ready(members["d"])
+    assert (fleet.num_ready, fleet.num_not_ready) == (3, 0)
+    successor = admit(fleet, "c", ready=False)  # of the same name, from another peer
+    fleet.remove(members["c"], "replaced")
+    assert (fleet.num_ready, fleet.num_not_ready) == (2, 1)
+    fleet.remove(successor, "left")
+    assert (fleet.num_ready, fleet.num_not_ready) == (2, 0)
+
+
 def test_the_view_holds_what_was_observed_and_the_reference_of_all_ever_seen() -> None:
     """Phi_0 by hand: V_a = (1/2, 1/2, 0), V_b = (0, 0, 1), none of c; the mean of two is (1/4, 1/4, 1/2). b is away."""
     fleet = new_fleet()
