@@ -114,7 +114,7 @@ def test_who_is_ready_is_counted_without_looking_at_each() -> None:
     fleet.remove(members["a"], "left")
     fleet.get_ready(members["d"])
     assert (fleet.num_ready, fleet.num_not_ready) == (3, 0)
-    successor = admit(fleet, "c", ready=False)  # of the same name, from another peer
+    successor = fleet.admit(b"another peer", registration("c", (1, 1, 1)), Session(Role.SERVER))
     fleet.remove(members["c"], "replaced")
     assert (fleet.num_ready, fleet.num_not_ready) == (2, 1)
     fleet.remove(successor, "left")

@@ -9,6 +9,7 @@ python -m benchmarks.micro.simulation --dataset har:PATH
 
 from __future__ import annotations
 
+import functools
 import resource
 import statistics
 import tempfile
@@ -31,6 +32,7 @@ from mergesfl.runtime.process import StopFlag
 from mergesfl.simulation.run import simulate
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.merging import merged_step
+from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
 
 BATCH_SIZE = 16
@@ -66,7 +68,9 @@ def simulated_seconds(config: RunConfig) -> tuple[float, int]:
 def pure_seconds(dataset: Dataset, batch_sizes: list[list[int]]) -> float:
     """CPU seconds of the same steps back to back: batches drawn, bottoms, merged step, bottoms again, optimisers."""
     num_workers = max(len(sizes) for sizes in batch_sizes)
-    models = [build_model("cnn", None, dataset.sample_shape, dataset.num_classes, 0) for _ in range(num_workers)]
+    cpu = torch.device("cpu")
+    build = functools.partial(build_model, "cnn", None, dataset.sample_shape, dataset.num_classes, 0)
+    models = [place(build(), cpu) for _ in range(num_workers)]
     top = models[0].top
     generator = np.random.default_rng(0)
     begin_seconds = time.process_time()
