@@ -32,7 +32,7 @@ from ps.exchange import Arrival, RoundExchange
 from ps.fleet import Fleet
 from ps.merging import merge_as_they_arrive, merge_at_barrier
 from ps.muster import Muster
-from ps.outcome import Accounts, RoundOutcome, merged_kl_nats, observed_seconds, teach_missed
+from ps.outcome import Accounts, RoundOutcome, merged_kl_nats, observed_seconds, teach_missed, waiting_seconds
 from ps.progress import Progress
 from ps.recorder import Recorder
 from ps.streaming import StreamingExchange
@@ -228,6 +228,7 @@ class Server:
             num_samples_trained=num_samples_trained,
             merged_kl_nats=merged_kl_nats(view, plan, list(updates)),
             planning_seconds=planning_seconds,
+            waiting_seconds=waiting_seconds(exchange, updates),
         )
 
     def _merge(self, plan: RoundPlan, exchange: RoundExchange) -> int:

@@ -26,6 +26,7 @@ from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_
 
 MEASURED = {
     *("observed_seconds", "idle_seconds", "survey_seconds", "planning_seconds", "round_seconds", "evaluation_seconds"),
+    "waiting_seconds",
 }
 
 

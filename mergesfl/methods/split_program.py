@@ -53,8 +53,8 @@ class TopTrainer(Protocol):
 
 
 @runtime_checkable
-class StreamingTop(Protocol):
-    """What a TopTrainer also implements if it can take the features of a step as they arrive (`StreamingProgram`).
+class StreamingTop(TopTrainer, Protocol):
+    """A TopTrainer that can also take the features of a step as they arrive (`StreamingProgram`).
 
     With one worker the masks of its dropout are those of `step`. With more, one worker's must not depend on who else
     has arrived, so they are drawn per worker (`seed_of_turn`), where `step` may draw them over the merged batch: only
