@@ -12,7 +12,7 @@ SEEDS ?=
 METHODS ?=
 JOBS ?= 0
 
-.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-simulation bench-throttled clean
+.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-simulation bench-streaming bench-throttled clean
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -61,6 +61,10 @@ bench-paper: $(BIN)/.ready  ## all data sets, levels and methods with the number
 
 bench-simulation: $(BIN)/.ready  ## what the simulation costs beside the computing itself, and 10,000 workers
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.simulation --dataset har:$(DATA)/uci-har/uci_har.npz --rounds 10
+
+bench-streaming: $(BIN)/.ready  ## barrier against streaming merge: 80 simulated devices, then ten throttled processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.streaming --dataset har:$(DATA)/uci-har/uci_har.npz --out $(RUNS)/streaming
+	$(BIN)/python -m benchmarks.micro.streaming benchmarks/configs/throttled.toml --regulations off --real --out $(RUNS)/streaming-real
 
 bench-throttled: $(BIN)/.ready  ## ten throttled processes against their simulation: seconds of every round of both
 	$(BIN)/python -m benchmarks.micro.throttled --out $(RUNS)/throttled

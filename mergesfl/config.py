@@ -89,6 +89,10 @@ class TrainingConfig(Section):
     learning_rate_decay: PositiveFraction = 0.993  # per round [code]
     learning_rate_min: PositiveFloat = 0.005  # [code]
     bottom_learning_rate: Literal["equal", "proportional"] = "equal"  # proportional: eta * d_i / mean d
+    # When the server processes the features of a step: all at once when the last are in (barrier) [paper], or what is
+    # there as it arrives, answering at once (streaming): faster where times vary, the same mathematics. In-order: the
+    # same, and equal to the bit whatever the order of arrival, for a third more of the server's computing.
+    merge: Literal["barrier", "streaming", "streaming-in-order"] = "barrier"
     evaluate_every_rounds: PositiveInt = 1
     evaluation_batch_size: PositiveInt = 256
 

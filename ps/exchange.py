@@ -81,6 +81,7 @@ class RoundExchange:
         self.dropped: list[DroppedWorker] = []
         self.missed_deadline: list[str] = []
         self.assigned_seconds: dict[str, float] = {}
+        self.held_seconds: dict[str, float] = dict.fromkeys(plan.worker_ids, 0.0)  # of all its requests together
 
     @property
     def active_ids(self) -> list[str]:
@@ -108,31 +109,24 @@ class RoundExchange:
     def gather_features(self, step: int, device: torch.device) -> tuple[list[StepFeatures], dict[str, float]]:
         """Waits for the features of one step: what arrived, in plan order, and when each was received."""
         self._step, self._magnitudes = step, {}
-        arrivals = self._gather(Features, self._step_deadline_seconds)
+        arrivals = self._gather(Features, self._step_deadline_seconds, {})
         self._outliers.note(self._magnitudes)
-        features, received_seconds = [], {}
-        for name in self._active:
-            message = arrivals[name].message
-            assert isinstance(message, Features), "gathered by kind"
-            features.append(StepFeatures(name, to_tensor(message.features, device), to_tensor(message.labels, device)))
-            received_seconds[name] = arrivals[name].received_seconds
-        return features, received_seconds
+        features = [self._step_features(name, arrivals[name], device) for name in self._active]
+        return features, {name: arrivals[name].received_seconds for name in self._active}
 
     def scatter_gradients(
         self, step: int, gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]
     ) -> None:
         """Answers each worker with its slice (d_i, F...), given in plan order."""
-        for (name, member), gradient in zip(list(self._active.items()), gradients, strict=True):
-            array = to_array(gradient)
-            held_seconds = self._clock.now_seconds() - received_seconds[name]
-            self._switchboard.send(member, Gradient(self._wire_round, step, held_seconds, array))
+        for name, gradient in zip(list(self._active), gradients, strict=True):
+            self._answer(name, step, gradient, received_seconds[name])
         self._prune()
 
     def gather_updates(self) -> dict[str, Arrival]:
         """Waits for the trained states; a federated round has all its steps to compute before it answers."""
         num_silent_steps = 1 if self._plan.num_exchanges else self._plan.num_steps
         self._step = self._plan.num_steps
-        return self._gather(Update, self._step_deadline_seconds * num_silent_steps)
+        return self._gather(Update, self._step_deadline_seconds * num_silent_steps, {})
 
     def expel_outliers(self) -> None:
         """The round has become infinite: closes those whose features were out of all proportion, if there are any."""
@@ -155,9 +149,30 @@ class RoundExchange:
                 self._switchboard.send(member, Release(self._wire_round, clipped(reason)))
         self._active = {}
 
-    def _gather(self, kind: type[Features] | type[Update], deadline_seconds: float) -> dict[str, Arrival]:
-        """Receives until all active workers have answered or the deadline has passed; drops those who have not."""
-        arrivals: dict[str, Arrival] = {}
+    def _step_features(self, name: str, arrival: Arrival, device: torch.device) -> StepFeatures:
+        """What a worker sent, on the device of the top."""
+        message = arrival.message
+        assert isinstance(message, Features), "gathered by kind"
+        return StepFeatures(name, to_tensor(message.features, device), to_tensor(message.labels, device))
+
+    def _answer(self, name: str, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
+        """Sends one worker its gradient (d_i, F...)."""
+        array = to_array(gradient)
+        held_seconds = self._clock.now_seconds() - received_seconds
+        self.held_seconds[name] += held_seconds
+        self._switchboard.send(self._active[name], Gradient(self._wire_round, step, held_seconds, array))
+
+    def _step_of(self, name: str) -> int:
+        """The step that this worker is in."""
+        return self._step
+
+    def _gather(
+        self, kind: type[Features] | type[Update], deadline_seconds: float, arrivals: dict[str, Arrival]
+    ) -> dict[str, Arrival]:
+        """Receives until all active workers have answered or the deadline has passed; drops those who have not.
+
+        `arrivals` holds those who have answered before, and is added to.
+        """
 
         def missing() -> list[Member]:
             self._prune()
@@ -239,7 +254,7 @@ class RoundExchange:
         """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""
         del self._active[member.worker_id]
         self.not_finite = True
-        self.dropped.append(DroppedWorker(member.worker_id, self._step, reason))
+        self.dropped.append(DroppedWorker(member.worker_id, self._step_of(member.worker_id), reason))
         if member.session.round_num is not None:  # after an Update there is nothing to drop
             self._switchboard.send(member, Release(self._wire_round, clipped(reason)))
 
@@ -247,7 +262,7 @@ class RoundExchange:
         """A worker that is reachable but too slow: released, and not chosen again before it has been heard."""
         member = self._active.pop(name)
         reason = f"no answer within {deadline_seconds:g} s (cluster.step_deadline_seconds)"
-        self.dropped.append(DroppedWorker(name, self._step, reason))
+        self.dropped.append(DroppedWorker(name, self._step_of(name), reason))
         self.missed_deadline.append(name)
         if self._switchboard.send(member, Release(self._wire_round, reason)):
             member.silent = True
@@ -257,4 +272,4 @@ class RoundExchange:
         for name, member in list(self._active.items()):
             if member.gone_reason is not None:
                 del self._active[name]
-                self.dropped.append(DroppedWorker(name, self._step, member.gone_reason))
+                self.dropped.append(DroppedWorker(name, self._step_of(name), member.gone_reason))

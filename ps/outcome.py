@@ -60,6 +60,7 @@ class RoundOutcome:
         num_samples_trained: that went into a step of the top (or of a full model).
         merged_kl_nats: of the batches of those who finished.
         planning_seconds: what the plan took.
+        waiting_seconds: mean over those that finished.
     """
 
     plan: RoundPlan
@@ -70,6 +71,7 @@ class RoundOutcome:
     num_samples_trained: int
     merged_kl_nats: float
     planning_seconds: float
+    waiting_seconds: float
 
     def teach(self, fleet: Fleet, step_deadline_seconds: float) -> None:
         """Smooths the observed speeds in (Eq. 5 and 6)."""
@@ -111,6 +113,7 @@ class RoundOutcome:
             ingress_budget_bytes=plan.ingress_budget_bytes,
             ingress_bytes_per_step=plan.ingress_bytes_per_step,
             survey_seconds=accounts.survey_seconds,
+            waiting_seconds=self.waiting_seconds,
         )
 
 
@@ -136,6 +139,13 @@ def observed_seconds(plan: RoundPlan, exchange: RoundExchange, updates: dict[str
             transfer_seconds = max(round_trip_seconds - message.compute_seconds, 0.0)
         result[name] = WorkerSeconds(message.compute_seconds, transfer_seconds)
     return result
+
+
+def waiting_seconds(exchange: RoundExchange, updates: dict[str, Arrival]) -> float:
+    """Mean over the workers that finished of the seconds held, and of those from its update to the last one."""
+    last_seconds = max(arrival.received_seconds for arrival in updates.values())
+    waits = [exchange.held_seconds[name] + last_seconds - arrival.received_seconds for name, arrival in updates.items()]
+    return sum(waits) / len(waits)
 
 
 def merged_kl_nats(view: FleetView, plan: RoundPlan, finished_ids: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ from mergesfl.data import load_dataset
 from mergesfl.data.dataset import Dataset
 from mergesfl.data.sampling import Batches
 from mergesfl.errors import ConfigError
-from mergesfl.methods import CENTRAL, find_method
+from mergesfl.methods import CENTRAL, check_streaming, find_method
 from mergesfl.methods.base import MethodSettings, copy_state
 from mergesfl.methods.central import train_round
 from mergesfl.models import build_model
@@ -135,6 +135,8 @@ def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progres
         config.data.dataset, download=config.data.download, image_size_pixels=config.data.image_size_pixels
     )
     network = build_network(config, dataset)
+    if config.training.merge != "barrier" and config.method.name != CENTRAL:
+        check_streaming(config.method.name, network, method_settings(config, dataset.sample_shape))
     sample_bytes = 4 * math.prod(network.feature_shape(dataset.sample_shape))
     if (config.control.ingress_budget_bytes or sample_bytes) < sample_bytes:
         raise ConfigError(

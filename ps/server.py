@@ -18,8 +18,8 @@ from torch import Tensor
 from mergesfl.config import RunConfig
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
-from mergesfl.errors import MergeSFLError, QuorumError
-from mergesfl.methods.base import ServerProgram, WorkerUpdate
+from mergesfl.errors import QuorumError
+from mergesfl.methods.base import ServerProgram, StreamingProgram, WorkerUpdate
 from mergesfl.protocol.messages import Update
 from mergesfl.runtime.arrays import arrays_to_state
 from mergesfl.runtime.clock import Clock
@@ -30,22 +30,17 @@ from mergesfl.training.schedule import learning_rate
 from mergesfl.training.split import SplitModel
 from ps.exchange import Arrival, RoundExchange
 from ps.fleet import Fleet
+from ps.merging import merge_as_they_arrive, merge_at_barrier
 from ps.muster import Muster
-from ps.outcome import Accounts, RoundOutcome, merged_kl_nats, observed_seconds, teach_missed
+from ps.outcome import Accounts, RoundOutcome, merged_kl_nats, observed_seconds, teach_missed, waiting_seconds
 from ps.progress import Progress
 from ps.recorder import Recorder
+from ps.streaming import StreamingExchange
 from ps.survey import FleetSurvey
 from ps.switchboard import InterruptedRunError, Switchboard
+from ps.void import InfiniteRoundError, VoidRoundError
 
 log = logging.getLogger("ps")
-
-
-class VoidRoundError(MergeSFLError):
-    """Too few workers of a plan are left."""
-
-
-class InfiniteRoundError(VoidRoundError):
-    """The training has left the finite numbers."""
 
 
 class Server:
@@ -63,7 +58,8 @@ class Server:
         survey: asks the workers for their speeds before a round.
         evaluate: judges a network on the test set.
         device: where the top runs.
-        charge: told the samples of every merged step once it is computed; lets virtual time pass for it.
+        charge: told the samples of every merged step, or of every part of one, once it is computed; lets virtual time
+            pass for it.
     """
 
     def __init__(
@@ -185,7 +181,8 @@ class Server:
         planning_begin_seconds = clock.now_seconds()
         plan = program.plan(round_num, view, generator_for(config.seed, "plan", round_num, attempt))
         planning_seconds = clock.now_seconds() - planning_begin_seconds
-        exchange = RoundExchange(
+        kind = RoundExchange if config.training.merge == "barrier" else StreamingExchange
+        exchange = kind(
             plan,
             self._switchboard,
             self._fleet,
@@ -195,7 +192,6 @@ class Server:
             config.cluster.step_deadline_seconds,
             attempt,
         )
-        num_samples_trained = 0
         try:
             program.open(plan, view)
             exchange.assign(
@@ -204,16 +200,7 @@ class Server:
                 {name: program.state_for(name) for name in plan.worker_ids},
             )
             self._require_quorum(plan, exchange)
-            for step in range(plan.num_exchanges):
-                arrived, received_seconds = exchange.gather_features(step, self._device)
-                self._require_quorum(plan, exchange)
-                gradients = program.merge(step, arrived)
-                num_merged = sum(len(one.labels) for one in arrived)
-                self._charge(num_merged)
-                if not all(_is_finite(gradient) for gradient in gradients):
-                    raise InfiniteRoundError(f"a gradient of step {step} is not finite")
-                exchange.scatter_gradients(step, gradients, received_seconds)
-                num_samples_trained += num_merged
+            num_samples_trained = self._merge(plan, exchange)
             updates = exchange.gather_updates()
             self._require_quorum(plan, exchange)
             worker_updates = _worker_updates(updates)
@@ -241,6 +228,22 @@ class Server:
             num_samples_trained=num_samples_trained,
             merged_kl_nats=merged_kl_nats(view, plan, list(updates)),
             planning_seconds=planning_seconds,
+            waiting_seconds=waiting_seconds(exchange, updates),
+        )
+
+    def _merge(self, plan: RoundPlan, exchange: RoundExchange) -> int:
+        """All exchanges of the round, as training.merge says; the samples trained in them. Raises VoidRoundError."""
+        program, num_exchanges = self._program, plan.num_exchanges
+
+        def require_quorum() -> None:
+            self._require_quorum(plan, exchange)
+
+        if not isinstance(exchange, StreamingExchange):
+            return merge_at_barrier(program, exchange, num_exchanges, self._device, self._charge, require_quorum)
+        assert isinstance(program, StreamingProgram), "checked before the run"
+        in_order = self._config.training.merge == "streaming-in-order"
+        return merge_as_they_arrive(
+            program, exchange, num_exchanges, self._device, self._charge, require_quorum, in_order
         )
 
     def _close_round(

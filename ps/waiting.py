@@ -15,12 +15,29 @@ OVERTIME_SECONDS = 1.0  # for reading what had arrived by the deadline (this pro
 PROBE_GROWTH = 0.2
 
 
+class Probing:
+    """When the next probe is due; one object per step, also where its waiting is made of many short waits."""
+
+    def __init__(self, clock: Clock, first_seconds: float) -> None:
+        """The first probe comes so long after now, and every later one no sooner after the one before."""
+        self._begin_seconds = clock.now_seconds()
+        self._interval_seconds = first_seconds
+        self.next_seconds = self._begin_seconds + first_seconds
+
+    def probed(self, now_seconds: float) -> None:
+        """A probe was sent: plans the next."""
+        self.next_seconds = now_seconds + max(
+            self._interval_seconds, PROBE_GROWTH * (now_seconds - self._begin_seconds)
+        )
+
+
 def wait_for_answers(
     switchboard: Switchboard,
     clock: Clock,
     deadline_seconds: float,
     missing: Callable[[], Sequence[Member]],
     take: Callable[[Member, RoundMessage], None],
+    probing: Probing | None = None,
 ) -> None:
     """Receives until nobody is missing or the deadline has passed. Raises InterruptedRunError.
 
@@ -30,20 +47,18 @@ def wait_for_answers(
         deadline_seconds: from now on.
         missing: who has not answered yet and is not gone; asked before every look.
         take: what to do with a message; of anybody, also of those that nobody waits for.
+        probing: when to probe, if this wait goes on with an earlier one; None: it begins now.
     """
-    now_seconds = clock.now_seconds()
-    begin_seconds, end_seconds = now_seconds, now_seconds + deadline_seconds
-    probe_seconds = now_seconds + switchboard.patience.probe_seconds
+    end_seconds = clock.now_seconds() + deadline_seconds
+    probing = probing or Probing(clock, switchboard.patience.probe_seconds)
     while waited_for := missing():
         now_seconds, num_messages = clock.now_seconds(), switchboard.num_messages
         if now_seconds >= end_seconds + OVERTIME_SECONDS:
             return
-        if now_seconds >= probe_seconds:
+        if now_seconds >= probing.next_seconds:
             switchboard.probe(waited_for)
-            probe_seconds = now_seconds + max(
-                switchboard.patience.probe_seconds, PROBE_GROWTH * (now_seconds - begin_seconds)
-            )
-        got = switchboard.receive(max(min(end_seconds, probe_seconds) - now_seconds, 0.0))
+            probing.probed(now_seconds)
+        got = switchboard.receive(max(min(end_seconds, probing.next_seconds) - now_seconds, 0.0))
         if now_seconds >= end_seconds and switchboard.num_messages == num_messages:
             return  # nothing more had arrived in time
         if got is not None:

@@ -60,7 +60,8 @@ FEATURE_SHAPE = (32, 2, 2)  # of the model "cnn" at its default cut: two pools h
 FEATURE_BYTES = 4 * 32 * 2 * 2
 CLASS_NAMES = ("0", "1", "2")
 NUM_CLASSES = len(CLASS_NAMES)
-MEASURED = {"survey_seconds", "planning_seconds", "round_seconds", "evaluation_seconds"}  # differ between any two runs
+# What differs between any two runs.
+MEASURED = {"survey_seconds", "planning_seconds", "round_seconds", "evaluation_seconds", "waiting_seconds"}
 NAMES = ("worker-00", "worker-01", "worker-02")
 
 

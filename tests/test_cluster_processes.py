@@ -26,6 +26,7 @@ from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_
 
 MEASURED = {
     *("observed_seconds", "idle_seconds", "survey_seconds", "planning_seconds", "round_seconds", "evaluation_seconds"),
+    "waiting_seconds",
 }
 
 
@@ -76,6 +77,17 @@ def test_a_surveyed_run_is_the_same_over_memory_and_sockets_to_the_bit(tmp_path:
         assert {k: v for k, v in line.items() if k not in loose} == {k: v for k, v in again.items() if k not in loose}
         assert (line["survey_seconds"] > 0) is (again["survey_seconds"] > 0) is (line["round_num"] % 2 == 0)
     assert journal(one)[0]["predicted_seconds"] != journal(undisturbed)[0]["predicted_seconds"]
+
+
+def test_streaming_in_order_is_the_same_over_memory_and_sockets_to_the_bit(tmp_path: Path) -> None:
+    """Whoever comes first: threads, processes. Another policy gives other dropout masks, and other parameters."""
+    one = play(tmp_path, "streamed", "cluster.transport=memory", "training.merge=streaming-in-order")
+    other = play(tmp_path, "sockets", "cluster.transport=tcp", "training.merge=streaming-in-order")
+    assert same_parameters(one, other)
+    loose = {"ingress_bytes", "egress_bytes"} | (MEASURED - {"observed_seconds", "idle_seconds"})
+    for line, again in zip(journal(one), journal(other), strict=True):
+        assert {k: v for k, v in line.items() if k not in loose} == {k: v for k, v in again.items() if k not in loose}
+    assert not same_parameters(one, play(tmp_path, "memory", "cluster.transport=memory"))
 
 
 def test_ten_thousand_mutated_messages_do_not_disturb_a_live_server(tmp_path: Path) -> None:
@@ -150,14 +162,15 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         kill_group(process)
 
 
+@pytest.mark.parametrize("merge", ["barrier", "streaming"])
 def test_two_killed_workers_do_not_stop_the_run_and_one_joins_again(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]], merge: str
 ) -> None:
     folder = tmp_path / "killed"
     settings = [
         *SMALL,
         *(f"{key}" for key in ("name=killed", f"output.folder={tmp_path}", "data.partition=iid")),
-        *("cluster.num_workers=5", "training.num_rounds=400", "training.local_steps=10"),
+        *("cluster.num_workers=5", "training.num_rounds=400", "training.local_steps=10", f"training.merge={merge}"),
     ]
     cluster = start("run", settings=settings, log=tmp_path / "log")
     processes.append(cluster)

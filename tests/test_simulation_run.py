@@ -90,6 +90,28 @@ def test_a_split_round_by_hand(tmp_path: Path) -> None:
     assert line["idle_seconds"] == 0.0
 
 
+def test_streaming_saves_the_slowest_worker_the_computing_for_the_other_by_hand(tmp_path: Path) -> None:
+    """Two workers, tau = 2, d = 8 each; one at 1 Mb/s, one at 2 Mb/s: its 16 KiB of features are there 65 ms earlier,
+    and the top takes 16 ms for them. At the barrier the slow one waits for the top over 16 samples in each step,
+    streaming for the top over its own 8: for the other's the server has computed before, or does so afterwards."""
+    flops_per_second = 10 * PS_FLOPS_PER_SECOND
+    lines = {}
+    for merge in ("barrier", "streaming", "streaming-in-order"):
+        trace = tmp_path / "bandwidth.csv"
+        trace.write_text("worker_id,seconds,mbit_per_second\nworker-01,0,2.0\n", encoding="utf-8")
+        settings = (f"training.merge={merge}", "method.regulation=false", "training.num_rounds=1", f"name={merge}")
+        world = (f"simulation.bandwidth_trace={trace}", f"simulation.ps_flops_per_second={flops_per_second}")
+        config = config_of(tmp_path, *settings, *world, num_workers=2)
+        play(config)
+        (lines[merge],) = journal_of(config)
+    step_seconds = 8 * TOP_FLOPS / flops_per_second  # of the top over the samples of one worker
+    for merge in ("streaming", "streaming-in-order"):
+        saved_seconds = lines["barrier"]["round_seconds"] - lines[merge]["round_seconds"]
+        assert saved_seconds == pytest.approx(2 * step_seconds, abs=100 / RATE_BYTES_PER_SECOND)  # pings
+        saved_waiting_seconds = lines["barrier"]["waiting_seconds"] - lines[merge]["waiting_seconds"]
+        assert saved_waiting_seconds == pytest.approx(2 * step_seconds, abs=100 / RATE_BYTES_PER_SECOND)
+
+
 def test_a_federated_round_by_hand(tmp_path: Path) -> None:
     """The whole network down, two steps of forward and backward, the whole network up."""
     config = config_of(tmp_path, "method.name=fedavg", "training.num_rounds=1", num_workers=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from tests.memory_cluster import HandClock
 from workers.exchange import TimedExchange
 from workers.link import Link, SessionLostError
 from workers.pace import DeclaredPace, MeasuredPace, Pace, Stretch
+from workers.prefetch import Prefetched
 
 CPU = torch.device("cpu")
 Z = torch.arange(8.0).reshape(4, 2)  # (4, 2)
@@ -180,3 +181,35 @@ def test_a_gradient_of_another_shape_ends_the_session(gradient: torch.Tensor) ->
 def test_an_answer_that_is_no_gradient_ends_the_session() -> None:
     with pytest.raises(SessionLostError, match="expected Gradient for step 5, got Pong"):
         Bench(answer=Pong()).exchange(5, Z, Y)
+
+
+def test_the_next_batch_is_drawn_when_the_features_are_out_and_before_the_answer_is_waited_for() -> None:
+    bench, told = Bench(), []
+
+    def prepare() -> None:
+        told.append((len(bench.link.sent), bench.clock.seconds))
+        bench.clock.seconds += 0.25
+
+    clock, link = bench.clock, cast(Link, bench.link)
+    exchange = TimedExchange(link, 100, 4, clock, MeasuredPace(clock, 1.0), CPU, prepare)
+    exchange(0, Z, Y)
+    exchange(1, Z, Y)
+    assert told == [(1, 0.5), (2, 0.5 + 0.25 + 2.0 + 0.5)]  # sending takes 0.5 s, the answer 2 s
+
+
+def test_batches_drawn_ahead_are_the_same_and_none_is_drawn_in_vain() -> None:
+    drawn: list[int] = []
+
+    def source() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number in range(10):
+            drawn.append(number)
+            yield torch.tensor([number]), Y
+
+    batches = Prefetched(source(), num_batches=3)
+    numbers = []
+    for _ in range(3):
+        numbers.append(int(next(batches)[0]))
+        batches.prepare()
+        batches.prepare()  # at most one ahead
+    assert numbers == drawn == [0, 1, 2]
+    assert int(next(batches)[0]) == 3  # more than was said are to be had, too

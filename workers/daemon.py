@@ -31,6 +31,7 @@ from workers.link import Link, RoundReleasedError, RunFinishedError, SessionLost
 from workers.local_data import LocalData
 from workers.models import ModelSource, OwnModel, WorkFailedError
 from workers.pace import Pace
+from workers.prefetch import Prefetched
 from workers.survey import SelfSurvey
 
 RETRY_SECONDS = 1.0  # between the end of a session and the next registration
@@ -180,6 +181,7 @@ class Daemon:
         data, worker_id, round_num = self._run_data, self._settings.worker_id, round_of(assign.round_num)
         generator = generator_for(self._seed, "batches", worker_id, round_num)
         batches = Batches(data.x, data.y, assign.batch_size, generator, data.scale, augment=True)
+        prefetched = Prefetched(self._on_device(batches), assign.num_steps)
         assignment = Assignment(
             round_num=round_num,
             num_steps=assign.num_steps,
@@ -191,10 +193,18 @@ class Daemon:
         try:
             work = find_method(assign.method).work
             self._pace.begin_round(round_num, lambda: self._models.work_flops(assign.method, work, assignment))
-            exchange = TimedExchange(link, assign.round_num, assign.batch_size, self._clock, self._pace, self._device)
+            exchange = TimedExchange(
+                link,
+                assign.round_num,
+                assign.batch_size,
+                self._clock,
+                self._pace,
+                self._device,
+                prefetched.prepare,
+            )
             with self._models.lend() as model:
                 place(model.bottom if assign.num_exchanges else model, self._device)
-                result = work(model, assignment, self._on_device(batches), exchange)
+                result = work(model, assignment, prefetched, exchange)
         except (RuntimeError, ValueError, KeyError) as error:  # out of memory, or a state that does not fit the model
             raise WorkFailedError(f"round {round_num + 1} failed on this worker: {error}") from error
         exchange.finish(assign.num_steps)

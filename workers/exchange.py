@@ -1,10 +1,15 @@
-"""The blocking exchange: features out, gradient in, and how long both took.
+"""The blocking exchange: features out, the next batch drawn meanwhile, gradient in, and how long both took.
 
 Observed as the spec's section 2 says: the worker times its own forward and backward (compute) and each exchange; the
 server reports how long it held the request; transfer = exchange - held. Only durations cross the network.
+
+Sending only hands the frames to the transport, which carries them while the next batch is drawn. Should the gradient be
+back before that is done, the rest counts as transfer: what the step took in all stays right.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,10 +22,20 @@ from workers.pace import Pace, Stretch
 
 
 class TimedExchange:
-    """`exchange(step, z, y) -> gradient` for one round; counts compute and transfer seconds while it is used."""
+    """`exchange(step, z, y) -> gradient` for one round; counts compute and transfer seconds while it is used.
+
+    `prepare` is called when the features are out: what else there is to do before the next step.
+    """
 
     def __init__(
-        self, link: Link, round_num: int, batch_size: int, clock: Clock, pace: Pace, device: torch.device
+        self,
+        link: Link,
+        round_num: int,
+        batch_size: int,
+        clock: Clock,
+        pace: Pace,
+        device: torch.device,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._link = link
         self._round_num = round_num
@@ -28,6 +43,7 @@ class TimedExchange:
         self._clock = clock
         self._pace = pace
         self._device = device
+        self._prepare = prepare
         self._step_compute_seconds = 0.0
         self._num_exchanges = 0
         self._num_owed_samples = 0  # whose gradient has come, and whose backward is not done yet
@@ -42,6 +58,7 @@ class TimedExchange:
         self._num_exchanges += 1
         begin_seconds = self._clock.now_seconds()
         self._link.send(message)
+        self._prepare()
         answer = self._link.receive()
         exchange_seconds = self._clock.now_seconds() - begin_seconds
         if not isinstance(answer, Gradient):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergesfl.errors import unknown_name
+from mergesfl.errors import ConfigError, unknown_name
 from mergesfl.methods import (
     adasfl,
     central,
@@ -18,7 +18,8 @@ from mergesfl.methods import (
     splitfed_v1,
     splitfed_v2,
 )
-from mergesfl.methods.base import Method
+from mergesfl.methods.base import Method, MethodSettings
+from mergesfl.training.split import SplitModel
 
 METHODS: dict[str, Method] = {
     "mergesfl": mergesfl.METHOD,
@@ -44,3 +45,15 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise unknown_name("method", name, SUMMARIES)
     return METHODS[name]
+
+
+def check_streaming(name: str, network: SplitModel, settings: MethodSettings) -> None:
+    """Raises ConfigError where this method, network or setting cannot take features as they arrive."""
+    check = find_method(name).check_streaming
+    if check is None:
+        legal = ", ".join(sorted(other for other, method in METHODS.items() if method.check_streaming))
+        raise ConfigError(
+            f"the method '{name}' needs all features of a step at once, or none: set training.merge = 'barrier', or "
+            f"choose one of the methods that can take them as they arrive: {legal}"
+        )
+    check(network, settings)

@@ -34,8 +34,7 @@ from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.control.speed_shares import plan_by_speed
 from mergesfl.methods.base import Method, MethodSettings, State, StepFeatures, WorkerUpdate
-from mergesfl.methods.split_program import SplitProgram, work
-from mergesfl.methods.splitfed_v1 import seed_of_turn
+from mergesfl.methods.split_program import SplitProgram, seed_of_turn, work
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.schedule import make_sgd

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -149,20 +149,56 @@ class ServerProgram(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamingProgram(ServerProgram, Protocol):
+    """A program that can also take the features of a step as they arrive, in place of `merge` with all of them.
+
+    In one step: `begin_step`, `feed` until the last worker that is left has been fed, `end_step`. All workers of a step
+    meet the top as it stands before the step, so what one of them gets back does not depend on who else has been fed.
+    """
+
+    def begin_step(self, step: int, worker_ids: Sequence[str], in_order: bool) -> None:
+        """Opens a step of these workers, in plan order; in_order: floats add up in this order, whoever comes first."""
+        ...
+
+    def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """Takes the features of some of them and returns dL/dz_i for each worker's own mean loss."""
+        ...
+
+    def end_step(self) -> None:
+        """Trains the top on those that were fed; one at least."""
+        ...
+
+
 Work = Callable[[SplitModel, Assignment, Batches, Exchange], WorkResult]
 MakeServer = Callable[[SplitModel, MethodSettings, torch.device], ServerProgram]
+CheckStreaming = Callable[[SplitModel, MethodSettings], None]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the METHODS table."""
+    """One line of the METHODS table.
+
+    Attributes:
+        summary: for people.
+        make_server: the server's side.
+        work: the worker's side.
+        splits: the workers train the bottom and exchange features; else the whole network, exchanging none.
+        check_streaming: raises ConfigError where this network or these settings need all features of a step at once;
+            None: the method always does, or exchanges none. With it, `make_server` makes a StreamingProgram.
+    """
 
     summary: str
     make_server: MakeServer
     work: Work
-    splits: bool = True  # the workers train the bottom and exchange features; else the whole network, exchanging none
+    splits: bool = True
+    check_streaming: CheckStreaming | None = None
 
 
 def copy_state(state: State) -> dict[str, Tensor]:
     """Detached copies in main memory, which nobody else writes to."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def streams_always(network: SplitModel, settings: MethodSettings) -> None:
+    """Of a method with a top for each worker: its own features are all that it needs, whatever the network."""

@@ -28,7 +28,7 @@ from mergesfl.control.data_shares import plan_pooled
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.methods.base import Method, MethodSettings
-from mergesfl.methods.merged_top import MergedTop
+from mergesfl.methods.merged_top import MergedTop, check_streaming_merge
 from mergesfl.methods.split_program import SplitProgram, work
 from mergesfl.training.split import SplitModel
 
@@ -49,4 +49,9 @@ class GPSLProgram(SplitProgram):
         return float(self._current_plan().batch_size_of(worker_id))
 
 
-METHOD = Method("a merged batch of fixed size, drawn from the pooled data sets (2024)", GPSLProgram, work)
+METHOD = Method(
+    "a merged batch of fixed size, drawn from the pooled data sets (2024)",
+    GPSLProgram,
+    work,
+    check_streaming=check_streaming_merge,
+)

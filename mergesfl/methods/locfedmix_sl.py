@@ -41,7 +41,8 @@ from mergesfl.methods.base import (
     WorkResult,
     copy_state,
 )
-from mergesfl.methods.splitfed_v1 import UniformSplitProgram, seed_of_turn
+from mergesfl.methods.split_program import seed_of_turn
+from mergesfl.methods.splitfed_v1 import UniformSplitProgram
 from mergesfl.seeding import generator_for, seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.decoder import PREFIX, highest_stable_rate, initial_decoder, reconstruct

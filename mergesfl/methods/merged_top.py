@@ -6,21 +6,26 @@ lives on from round to round. It is what the step-wise fusion of SMoFi (arXiv 25
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mergesfl.methods.base import State, StepFeatures, copy_state
-from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.merging import merged_step
+from mergesfl.errors import ConfigError
+from mergesfl.methods.base import MethodSettings, State, StepFeatures, copy_state
+from mergesfl.methods.split_program import seed_of_turn
+from mergesfl.training.dropout import has_dropout, seed_dropout
+from mergesfl.training.merging import OpenStep, merged_step
 from mergesfl.training.momentum import checked_copy, make_momentum_sgd, put_buffers, take_buffers, zero_buffers
+from mergesfl.training.singles import has_batch_norm
+from mergesfl.training.split import SplitModel
 
 
 class MergedTop:
     """ONE forward, ONE mean loss over D samples and ONE step of the top (MergeSFL, section 1 step 4) [paper].
 
-    Implements `TopTrainer` and `CarriedState`. A subclass may adjust the logits by a prior: see `priors_of`.
+    Implements `TopTrainer`, `StreamingTop` and `CarriedState`. A subclass may adjust the logits by a prior: see
+    `priors_of`; streaming knows none, because the merged batch is not known before its end.
     """
 
     def __init__(self, top: nn.Module, momentum: float = 0.0) -> None:
@@ -28,6 +33,12 @@ class MergedTop:
         self._momentum = momentum
         self._buffers = zero_buffers(top) if momentum else {}  # as they stand between two rounds
         self._optimizer: torch.optim.Optimizer
+        # Of a step that is streamed:
+        self._open_step: OpenStep
+        self._worker_ids: list[str] = []  # in plan order
+        self._fed_ids: list[list[str]] = []  # of each group, as they came
+        self._seed = 0
+        self._feeds_one_by_one = False
 
     def open(self, worker_ids: Sequence[str], rate: float) -> None:
         """A new round has a new learning rate; the momentum, if any, goes on."""
@@ -47,6 +58,33 @@ class MergedTop:
         merged = merged_step(self._top, self._optimizer, features, labels, prior, own_priors)
         return merged.gradients, merged.loss_nats
 
+    def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
+        """D = sum d_i is known. Workers with masks of their own, or in an order of their own, go in one by one.
+
+        One forward per worker is the simple way to a mask per worker: to build the masks of a group would need every
+        dropout layer to know whose rows are whose, and groups are small, for few features arrive at the same time.
+        """
+        self._open_step = OpenStep(self._top, self._optimizer, sum(batch_sizes.values()), in_order)
+        self._worker_ids, self._fed_ids, self._seed = list(batch_sizes), [], seed
+        self._feeds_one_by_one = in_order or has_dropout(self._top)
+
+    def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """Adds (d_i / D) dL_i/dw to the gradient of the top; the slices as `step` returns them."""
+        groups = [[one] for one in arrived] if self._feeds_one_by_one else [list(arrived)]
+        gradients = []
+        for group in groups:
+            if self._feeds_one_by_one:
+                seed_dropout(self._top, seed_of_turn(self._seed, group[0].worker_id, len(self._worker_ids)))
+            gradients += self._open_step.feed([one.features for one in group], [one.labels for one in group])
+            self._fed_ids.append([one.worker_id for one in group])
+        return gradients
+
+    def end_step(self) -> float:
+        """ONE step of the top; the losses are summed up in plan order where workers went in one by one."""
+        places = {worker_id: place for place, worker_id in enumerate(self._worker_ids)}
+        order = sorted(range(len(self._fed_ids)), key=lambda index: places[self._fed_ids[index][0]])
+        return self._open_step.close(order)
+
     def close(self, weights: dict[str, float]) -> None:
         """The top is never averaged [paper]."""
         if self._momentum:
@@ -59,3 +97,17 @@ class MergedTop:
     def load_state_dict(self, state: State) -> None:
         """Takes it back. Raises CheckpointError when it is not of this top."""
         self._buffers = checked_copy(self._buffers, state)
+
+
+def check_streaming_merge(network: SplitModel, settings: MethodSettings) -> None:
+    """Raises ConfigError where the merged step needs all D samples at once: batch-norm, logit adjustment."""
+    if settings.logit_adjustment:
+        raise ConfigError(
+            "method.logit_adjustment = true adjusts the loss by the labels of the whole merged batch, which are not "
+            "known before the last worker answers: set training.merge = 'barrier', or method.logit_adjustment = false"
+        )
+    if has_batch_norm(network.top):
+        raise ConfigError(
+            f"the top after the cut '{network.cut}' holds batch-norm, whose statistics are those of the whole merged "
+            "batch: set training.merge = 'barrier', or cut behind the last batch-norm (model.cut, see `mergesfl cuts`)"
+        )

@@ -28,7 +28,7 @@ from mergesfl.control.plan import RoundPlan
 from mergesfl.control.selection import plan_round, plan_uniform
 from mergesfl.control.settings import ControlSettings
 from mergesfl.methods.base import Method, MethodSettings
-from mergesfl.methods.merged_top import MergedTop
+from mergesfl.methods.merged_top import MergedTop, check_streaming_merge
 from mergesfl.methods.split_program import SplitProgram, TopTrainer, work
 from mergesfl.methods.splitfed_v1 import TopPerWorker
 from mergesfl.training.split import SplitModel
@@ -77,4 +77,15 @@ class MergeSFLProgram(SplitProgram):
         return float(self._current_plan().batch_size_of(worker_id))
 
 
-METHOD = Method("feature merging and batch size regulation (ICDE 2024)", MergeSFLProgram, work)
+def check_streaming(network: SplitModel, settings: MethodSettings) -> None:
+    """Raises ConfigError like `check_streaming_merge`; without merging there is nothing to wait for."""
+    if settings.merging:
+        check_streaming_merge(network, settings)
+
+
+METHOD = Method(
+    "feature merging and batch size regulation (ICDE 2024)",
+    MergeSFLProgram,
+    work,
+    check_streaming=check_streaming,
+)

@@ -25,7 +25,7 @@ from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.methods.base import Method, MethodSettings, Setting, State, StepFeatures, WorkerUpdate, copy_state
 from mergesfl.methods.merged_top import MergedTop
-from mergesfl.methods.mergesfl import MergeSFLProgram
+from mergesfl.methods.mergesfl import MergeSFLProgram, check_streaming
 from mergesfl.methods.split_program import work
 from mergesfl.training.logit_adjustment import log_prior
 from mergesfl.training.running_mean import running_mean
@@ -119,4 +119,5 @@ METHOD = Method(
     "MergeSFL with what measured better: momentum, averaged models, a planner with time [ours]",
     MergeSFLPlusProgram,
     work,
+    check_streaming=check_streaming,
 )

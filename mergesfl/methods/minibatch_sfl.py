@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 
 from mergesfl.methods.base import Method, MethodSettings
-from mergesfl.methods.merged_top import MergedTop
+from mergesfl.methods.merged_top import MergedTop, check_streaming_merge
 from mergesfl.methods.split_program import work
 from mergesfl.methods.splitfed_v1 import UniformSplitProgram
 from mergesfl.training.split import SplitModel
@@ -39,4 +39,9 @@ class MinibatchSFLProgram(UniformSplitProgram):
         return float(self._current_plan().batch_size_of(worker_id))
 
 
-METHOD = Method("feature merging alone, random workers with equal batches (2023)", MinibatchSFLProgram, work)
+METHOD = Method(
+    "feature merging alone, random workers with equal batches (2023)",
+    MinibatchSFLProgram,
+    work,
+    check_streaming=check_streaming_merge,
+)

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mergesfl.methods.base import Method, MethodSettings, State, StepFeatures, copy_state
+from mergesfl.methods.base import Method, MethodSettings, State, StepFeatures, copy_state, streams_always
 from mergesfl.methods.split_program import work
 from mergesfl.methods.splitfed_v1 import TopPerWorker, UniformSplitProgram
 from mergesfl.training.aggregation import weighted_mean
@@ -39,7 +39,10 @@ MOMENTUM = 0.9  # beta, the usual value [ours]
 
 
 class FusedMomentumTops(TopPerWorker):
-    """One top per worker, all with the same momentum at the start of a step (`TopTrainer` and `CarriedState`)."""
+    """One top per worker, all with the same momentum at the start of a step.
+
+    Implements `TopTrainer`, `StreamingTop` and `CarriedState`.
+    """
 
     def __init__(self, top: nn.Module, momentum: float) -> None:
         super().__init__(top)
@@ -56,15 +59,19 @@ class FusedMomentumTops(TopPerWorker):
         }
         self._fused = self._carried
 
-    def step(self, arrived: Sequence[StepFeatures], seed: int) -> tuple[list[Tensor], float]:
-        """One step of each top from the fused momentum, then the fusion over those that arrived."""
-        worker_ids = [one.worker_id for one in arrived]
-        for worker_id in worker_ids:
-            put_buffers(self._optimizers[worker_id], self._tops[worker_id], self._fused)
-        stepped = super().step(arrived, seed)
-        buffers = [take_buffers(self._optimizers[worker_id], self._tops[worker_id]) for worker_id in worker_ids]
+    def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """One step of these workers' tops, from the fused momentum."""
+        for one in arrived:
+            put_buffers(self._optimizers[one.worker_id], self._tops[one.worker_id], self._fused)
+        return super().feed(arrived)
+
+    def end_step(self) -> float:
+        """The fusion over those that were fed."""
+        loss_nats = super().end_step()
+        fed_ids = self._fed_ids()
+        buffers = [take_buffers(self._optimizers[worker_id], self._tops[worker_id]) for worker_id in fed_ids]
         self._fused = weighted_mean(buffers, [1.0] * len(buffers))
-        return stepped
+        return loss_nats
 
     def close(self, weights: dict[str, float]) -> None:
         """The tops of the workers that finished are averaged; the momentum goes on."""
@@ -87,4 +94,6 @@ class SMoFiProgram(UniformSplitProgram):
         super().__init__(network, settings, device, FusedMomentumTops(network.top, MOMENTUM))
 
 
-METHOD = Method("one top per worker, momentum fused at every step (AAAI 2026)", SMoFiProgram, work)
+METHOD = Method(
+    "one top per worker, momentum fused at every step (AAAI 2026)", SMoFiProgram, work, check_streaming=streams_always
+)

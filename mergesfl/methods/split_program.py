@@ -7,7 +7,7 @@ does with the features of a step (a `TopTrainer`) and in the weights of the aver
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -54,6 +54,28 @@ class TopTrainer(Protocol):
 
 
 @runtime_checkable
+class StreamingTop(TopTrainer, Protocol):
+    """A TopTrainer that can also take the features of a step as they arrive (`StreamingProgram`).
+
+    With one worker the masks of its dropout are those of `step`. With more, one worker's must not depend on who else
+    has arrived, so they are drawn per worker (`seed_of_turn`), where `step` may draw them over the merged batch: only
+    without dropout are both equal to float tolerance.
+    """
+
+    def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
+        """Opens a step of these workers, d_i by worker_id in plan order."""
+        ...
+
+    def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """Takes some of them: dL/dz_i (d_i, F...) of each worker's own mean loss, with the top before the step."""
+        ...
+
+    def end_step(self) -> float:
+        """Steps on those that were fed; their mean loss in nats."""
+        ...
+
+
+@runtime_checkable
 class CarriedState(Protocol):
     """What a TopTrainer also implements if it carries more than the top from round to round, momentum for example."""
 
@@ -71,7 +93,10 @@ CARRIED_PREFIX = "top-trainer/"
 
 
 class SplitProgram:
-    """The server's side of a split method (implements `ServerProgram`); subclasses give `plan` and `weight_of`."""
+    """The server's side of a split method (implements `ServerProgram`); subclasses give `plan` and `weight_of`.
+
+    With a trainer that is a `StreamingTop` it is a `StreamingProgram`, too.
+    """
 
     def __init__(
         self, network: SplitModel, settings: MethodSettings, device: torch.device, trainer: TopTrainer
@@ -125,10 +150,23 @@ class SplitProgram:
 
     def merge(self, step: int, arrived: Sequence[StepFeatures]) -> list[Tensor]:
         """Hands the step to the top; dropout masks of the top depend on (seed, round, step) alone."""
-        seed = seed_for(self._settings.seed, "top", self._current_plan().round_num, step)
-        gradients, loss_nats = self._trainer.step(arrived, seed)
+        gradients, loss_nats = self._trainer.step(arrived, self._seed_of(step))
         self._losses_nats.append(loss_nats)
         return gradients
+
+    def begin_step(self, step: int, worker_ids: Sequence[str], in_order: bool) -> None:
+        """Opens a step of the top; its dropout masks depend on (seed, round, step, worker) alone."""
+        plan = self._current_plan()
+        batch_sizes = {worker_id: plan.batch_size_of(worker_id) for worker_id in worker_ids}
+        self._streaming_top().begin_step(batch_sizes, self._seed_of(step), in_order)
+
+    def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """Hands what has arrived to the top."""
+        return self._streaming_top().feed(arrived)
+
+    def end_step(self) -> None:
+        """Steps the top."""
+        self._losses_nats.append(self._streaming_top().end_step())
 
     def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
         """Averages the bottoms of those who finished (Eq. 17) and ends the round of the top."""
@@ -155,9 +193,24 @@ class SplitProgram:
         self._network.load_joined_state_dict(state)
         self._bottom = copy_state(self._network.bottom.state_dict())
 
+    def _seed_of(self, step: int) -> int:
+        return seed_for(self._settings.seed, "top", self._current_plan().round_num, step)
+
+    def _streaming_top(self) -> StreamingTop:
+        assert isinstance(self._trainer, StreamingTop), "Method.check_streaming comes first"
+        return self._trainer
+
     def _current_plan(self) -> RoundPlan:
         assert self._plan is not None, "open() comes first"
         return self._plan
+
+
+def seed_of_turn(seed: int, worker_id: str, num_workers: int) -> int:
+    """Seed of the top's dropout masks for one worker's features: unrelated between workers [ours].
+
+    A lone worker gets the seed of the step itself, so that one worker with all data equals central training.
+    """
+    return seed_for(seed, worker_id) if num_workers > 1 else seed
 
 
 def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: Exchange) -> WorkResult:

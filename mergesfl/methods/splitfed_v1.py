@@ -14,7 +14,7 @@ local steps, the same for all methods, so that rounds compare [ours].
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.control.selection import plan_uniform
-from mergesfl.methods.base import Method, MethodSettings, StepFeatures
-from mergesfl.methods.split_program import SplitProgram, work
-from mergesfl.seeding import seed_for
+from mergesfl.methods.base import Method, MethodSettings, StepFeatures, streams_always
+from mergesfl.methods.split_program import SplitProgram, seed_of_turn, work
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.merging import single_step
@@ -33,21 +32,16 @@ from mergesfl.training.schedule import make_sgd
 from mergesfl.training.split import SplitModel
 
 
-def seed_of_turn(seed: int, worker_id: str, num_workers: int) -> int:
-    """Seed of the top's dropout masks for one worker's features: unrelated between workers [ours].
-
-    A lone worker gets the seed of the step itself, so that one worker with all data equals central training.
-    """
-    return seed_for(seed, worker_id) if num_workers > 1 else seed
-
-
 class TopPerWorker:
-    """One copy of the top per worker, averaged at the end of the round."""
+    """One copy of the top per worker, averaged at the end of the round (`TopTrainer` and `StreamingTop`)."""
 
     def __init__(self, top: nn.Module) -> None:
         self._top = top
         self._tops: dict[str, nn.Module] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._worker_ids: list[str] = []  # of the step, in plan order
+        self._seed = 0
+        self._losses: dict[str, tuple[float, int]] = {}  # worker_id -> mean loss in nats and d_i, of those fed
 
     def open(self, worker_ids: Sequence[str], rate: float) -> None:
         """Every worker's top starts from the global one."""
@@ -56,15 +50,37 @@ class TopPerWorker:
 
     def step(self, arrived: Sequence[StepFeatures], seed: int) -> tuple[list[Tensor], float]:
         """One step of each top on its own worker's features; the loss is the mean over all samples."""
-        gradients, loss_sum_nats, num_samples = [], 0.0, 0
+        self.begin_step({one.worker_id: len(one.labels) for one in arrived}, seed, in_order=True)
+        gradients = self.feed(arrived)
+        return gradients, self.end_step()
+
+    def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
+        """Opens a step. No sum over workers is made in it but that of the losses, and that always in plan order."""
+        self._worker_ids, self._seed, self._losses = list(batch_sizes), seed, {}
+
+    def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
+        """One step of the tops of these workers."""
+        gradients = []
         for one in arrived:
             top = self._tops[one.worker_id]
-            seed_dropout(top, seed_of_turn(seed, one.worker_id, len(arrived)))
+            seed_dropout(top, seed_of_turn(self._seed, one.worker_id, len(self._worker_ids)))
             result = single_step(top, self._optimizers[one.worker_id], one.features, one.labels)
             gradients.append(result.gradient)
-            loss_sum_nats += result.loss_nats * len(one.labels)
-            num_samples += len(one.labels)
-        return gradients, loss_sum_nats / num_samples
+            self._losses[one.worker_id] = (result.loss_nats, len(one.labels))
+        return gradients
+
+    def end_step(self) -> float:
+        """The mean loss over all samples; the tops have stepped."""
+        loss_sum_nats, num_samples = 0.0, 0
+        for worker_id in self._fed_ids():
+            loss_nats, size = self._losses[worker_id]
+            loss_sum_nats += loss_nats * size
+            num_samples += size
+        return loss_sum_nats / num_samples
+
+    def _fed_ids(self) -> list[str]:
+        """Those that were fed in this step, in plan order."""
+        return [worker_id for worker_id in self._worker_ids if worker_id in self._losses]
 
     def close(self, weights: dict[str, float]) -> None:
         """top = weighted mean of the tops of the workers that finished."""
@@ -95,4 +111,6 @@ class SplitFedV1Program(UniformSplitProgram):
         super().__init__(network, settings, device, TopPerWorker(network.top))
 
 
-METHOD = Method("one top per worker, bottoms and tops averaged (AAAI 2022)", SplitFedV1Program, work)
+METHOD = Method(
+    "one top per worker, bottoms and tops averaged (AAAI 2022)", SplitFedV1Program, work, check_streaming=streams_always
+)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mergesfl.methods.base import Method, MethodSettings, StepFeatures
-from mergesfl.methods.split_program import work
-from mergesfl.methods.splitfed_v1 import UniformSplitProgram, seed_of_turn
+from mergesfl.methods.split_program import seed_of_turn, work
+from mergesfl.methods.splitfed_v1 import UniformSplitProgram
 from mergesfl.seeding import generator_for
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.merging import single_step

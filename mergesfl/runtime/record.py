@@ -57,6 +57,9 @@ class RoundRecord:
         ingress_budget_bytes: B of Eq. 10 [paper]; 0 when the method has no budget.
         ingress_bytes_per_step: sum of d_i * c: how much of it the plan uses.
         survey_seconds: what asking all workers for their speeds took; part of round_seconds. 0 when nobody was asked.
+        waiting_seconds: how long a worker of those that finished had nothing to do: while the PS held its requests, and
+            from its update to the last one; the mean. idle_seconds compares the workers' sums over the round, so it is
+            what even a server that answers at once cannot avoid; this is what it came to, step by step. None: unknown.
     """
 
     round_num: int
@@ -85,6 +88,7 @@ class RoundRecord:
     ingress_budget_bytes: int = 0
     ingress_bytes_per_step: int = 0
     survey_seconds: float = 0.0
+    waiting_seconds: float | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.worker_ids), len(self.batch_sizes), len(self.predicted_seconds), len(self.observed_seconds)}

@@ -130,6 +130,11 @@ def _seeded(module: nn.Module) -> SeededDropout:
     return replacement
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether training it draws masks."""
+    return any(isinstance(layer, SeededDropout) and layer.p > 0.0 for layer in module.modules())
+
+
 def seed_dropout(module: nn.Module, seed: int) -> None:
     """Seeds every SeededDropout in module, each with its own stream derived from (seed, qualified name).
 

@@ -64,6 +64,111 @@ def merge_features(features: Sequence[Tensor], labels: Sequence[Tensor]) -> tupl
     return torch.cat([z.detach() for z in features]), torch.cat(list(labels))  # (D, F...), (D,)
 
 
+class OpenStep:
+    """One merged step that is fed in parts: groups of workers go in as their features come, the top steps at the end.
+
+    The gradient for worker i depends on the top before its step and on worker i's own features only, unless the top
+    mixes samples (batch-norm) [ours]. So with D known beforehand every group may be processed on its own:
+
+        L = 1/D sum over all samples = sum_g (D_g / D) L_g       L_g the mean over the D_g samples of group g
+        dL/dw                        = sum_g (D_g / D) dL_g/dw   accumulated; the top steps when the step is closed
+
+    If fewer than D samples were fed in the end, because a worker was lost, the sum is scaled by D / fed: then it is the
+    mean over the samples that were fed. One group of all D samples is the merged step, to the bit.
+
+    Args:
+        top: (D, F...) -> logits (D, C), in training mode if it is to train.
+        optimizer: over the parameters of top; its gradients are cleared first.
+        num_samples: D, the samples that are expected.
+        in_order: the sum over the workers is made in the order of `close` instead of that of arrival, so that floats
+            add up to the same bits however they arrived. What a worker is sent does not wait for it: its backward to
+            the features comes first, the one to the parameters when the step is closed. That costs a second pass
+            through the top's activations (they are kept), about a third of the step, and every worker is a group.
+    """
+
+    def __init__(
+        self, top: nn.Module, optimizer: torch.optim.Optimizer, num_samples: int, in_order: bool = False
+    ) -> None:
+        self._top = top
+        self._optimizer = optimizer
+        self._num_samples = num_samples
+        self._in_order = in_order
+        self._num_fed = 0
+        self._losses: list[tuple[Tensor, int]] = []  # mean loss of each group and its D_g
+        optimizer.zero_grad(set_to_none=True)
+
+    def feed(
+        self,
+        features: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        prior: Tensor | None = None,
+        own_priors: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """One forward and one backward of one group; (d_i, F...) per worker: the gradient of its own mean loss.
+
+        Args:
+            features: (d_i, F...) per worker, float32 or float64; in_order: of one worker.
+            labels: (d_i,) int64 per worker, in the same order.
+            prior: (C,) ln pi of the merged samples: the loss is logit-adjusted by it; None: the plain loss.
+            own_priors: (C,) ln pi_i per worker: what goes back to worker i is the gradient of the loss adjusted by its
+                own prior, from the same forward, by a second backward (SCALA); None: the gradient of the loss of the
+                step.
+        """
+        merged, targets = merge_features(features, labels)  # (D_g, F...), (D_g,)
+        merged.requires_grad_()
+        sizes = [z.shape[0] for z in features]
+        logits = forward_any(self._top, merged)  # (D_g, C)
+        loss = adjusted_cross_entropy(logits, targets, prior)
+        num_group = sum(sizes)  # D_g
+        part = loss * (num_group / self._num_samples)
+        if self._in_order:
+            assert len(sizes) == 1 and own_priors is None, "in order, workers go in one by one"
+            (gradient,) = torch.autograd.grad(loss, [merged], retain_graph=True)
+            gradients = [gradient]
+        elif own_priors is None:
+            part.backward()  # type: ignore[no-untyped-call]
+            gradients = self._slices(merged, sizes)
+        else:
+            rows = torch.cat([own.expand(d, -1) for own, d in zip(own_priors, sizes, strict=True)])  # (D_g, C)
+            own_part = adjusted_cross_entropy(logits, targets, rows) * (num_group / self._num_samples)
+            part.backward(inputs=self._trained(), retain_graph=True)  # type: ignore[no-untyped-call]
+            own_part.backward(inputs=[merged])  # type: ignore[no-untyped-call]
+            gradients = self._slices(merged, sizes)
+        self._num_fed += num_group
+        self._losses.append((loss if self._in_order else loss.detach(), num_group))
+        return gradients
+
+    def close(self, order: Sequence[int] | None = None) -> float:
+        """Steps the top; the mean loss in nats over the samples that were fed, before the step.
+
+        Args:
+            order: of the groups, counted as they were fed, in which losses (in_order: gradients, too) are summed up.
+        """
+        assert self._losses, "a step without samples has no gradient"
+        losses = [self._losses[i] for i in order] if order is not None else self._losses
+        scale = self._num_samples / self._num_fed  # 1 unless somebody was lost
+        if self._in_order:
+            for loss, num_group in losses:
+                part = loss * (num_group / self._num_samples)
+                part.backward(inputs=self._trained())  # type: ignore[no-untyped-call]
+        if self._num_fed != self._num_samples:
+            for parameter in self._top.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._optimizer.step()
+        self._losses = []
+        return scale * sum(float(loss.detach()) * (num_group / self._num_samples) for loss, num_group in losses)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._top.parameters() if parameter.requires_grad]
+
+    def _slices(self, merged: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """(d_i, F...) each: the slices of d(part of L)/dZ times D / d_i."""
+        assert merged.grad is not None
+        slices = torch.split(merged.grad, list(sizes))
+        return [s * (self._num_samples / d) for s, d in zip(slices, sizes, strict=True)]
+
+
 def merged_step(
     top: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -74,34 +179,11 @@ def merged_step(
 ) -> MergedStep:
     """One top forward and one mean cross-entropy over all D samples, one backward, one step. [paper]
 
-    Args:
-        top: (D, F...) -> logits (D, C), in training mode if it is to train.
-        optimizer: over the parameters of top; its gradients are cleared first.
-        features: (d_i, F...) per worker, float32 or float64, in plan order.
-        labels: (d_i,) int64 per worker, in the same order.
-        prior: (C,) ln pi of the merged samples: the loss is logit-adjusted by it; None: the plain loss.
-        own_priors: (C,) ln pi_i per worker: what goes back to worker i is the gradient of the loss adjusted by its own
-            prior, from the same forward, by a second backward (SCALA); None: the gradient of the loss of the step.
+    The arguments are those of `OpenStep` and its `feed`; features and labels in plan order.
     """
-    merged, targets = merge_features(features, labels)  # (D, F...), (D,)
-    merged.requires_grad_()
-    sizes = [z.shape[0] for z in features]
-    optimizer.zero_grad(set_to_none=True)
-    logits = forward_any(top, merged)  # (D, C)
-    loss = adjusted_cross_entropy(logits, targets, prior)
-    if own_priors is None:
-        loss.backward()  # type: ignore[no-untyped-call]
-    else:
-        rows = torch.cat([own.expand(d, -1) for own, d in zip(own_priors, sizes, strict=True)])  # (D, C)
-        own_loss = adjusted_cross_entropy(logits, targets, rows)
-        trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
-        loss.backward(inputs=trained, retain_graph=True)  # type: ignore[no-untyped-call]
-        own_loss.backward(inputs=[merged])  # type: ignore[no-untyped-call]
-    optimizer.step()
-    assert merged.grad is not None
-    num_merged = sum(sizes)
-    slices = torch.split(merged.grad, sizes)  # (d_i, F...) each
-    return MergedStep([s * (num_merged / d) for s, d in zip(slices, sizes, strict=True)], float(loss.detach()))
+    step = OpenStep(top, optimizer, sum(len(y) for y in labels))
+    gradients = step.feed(features, labels, prior, own_priors)
+    return MergedStep(gradients, step.close())
 
 
 def single_step(top: nn.Module, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> SingleStep:

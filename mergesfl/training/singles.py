@@ -21,6 +21,11 @@ def forward_any(module: nn.Module, x: Tensor) -> Tensor:
     return _tensor(module(torch.cat([x, x])))[:1]
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether one of its parts normalises with statistics of the batch: then samples depend on each other."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
 def _has_training_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(part, _BatchNorm) and part.training for part in module.modules())
 
