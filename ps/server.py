@@ -20,6 +20,7 @@ from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.errors import MergeSFLError, QuorumError
 from mergesfl.methods.base import ServerProgram, WorkerUpdate
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Update
 from mergesfl.runtime.arrays import arrays_to_state
 from mergesfl.runtime.clock import Clock
@@ -60,6 +61,7 @@ class Server:
         progress: what a person sees meanwhile.
         clock: the only source of time.
         feature_shape: F..., shape of one sample at the cut.
+        codecs: of the run.
         survey: asks the workers for their speeds before a round.
         evaluate: judges a network on the test set.
         device: where the top runs.
@@ -76,6 +78,7 @@ class Server:
         progress: Progress,
         clock: Clock,
         feature_shape: tuple[int, ...],
+        codecs: RunCodecs,
         survey: FleetSurvey,
         evaluate: Callable[[SplitModel], Evaluation],
         device: torch.device,
@@ -89,7 +92,8 @@ class Server:
         self._progress = progress
         self._clock = clock
         self._feature_shape = feature_shape
-        self._feature_bytes_per_sample = 4 * math.prod(feature_shape)
+        self._feature_bytes_per_sample = codecs.feature_bytes(feature_shape)
+        self._codecs = codecs
         self._survey = survey
         self._evaluate = evaluate
         self._device = device
@@ -194,6 +198,7 @@ class Server:
             self._fleet.num_classes,
             config.cluster.step_deadline_seconds,
             attempt,
+            self._codecs,
         )
         num_samples_trained = 0
         try:
