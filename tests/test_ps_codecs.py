@@ -188,9 +188,9 @@ def test_a_budget_below_one_encoded_sample_is_refused(tmp_path: Path) -> None:
 
 
 def test_int8_features_and_fp16_gradients_divide_all_bytes_of_a_run_by_two_and_a_half(tmp_path: Path) -> None:
-    """By hand: 128 numbers per sample are 1024 bytes up and down, or 384; 8 bytes of label stay. 64 samples in 24
-    steps: 1032 * 1536 = 1.585 MB, or 392 * 1536 = 0.602 MB; the bottom of 3,608 numbers, 28.9 kB there and back, stays. Ratio
-    1.614 / 0.631 = 2.56, and the headers take a little of it."""
+    """By hand: 128 numbers per sample are 1024 bytes up and down, or 384; 8 bytes of label stay. 24 steps of 64 are
+    1032 * 1536 = 1.585 MB, or 392 * 1536 = 0.602 MB. The bottom of 3,608 numbers, 28.9 kB there and back, stays. So the
+    ratio is 1.614 / 0.631 = 2.56, and the headers take a little of it."""
     large = (
         "cluster.transport=memory",
         "training.batch_size=64",
