@@ -213,7 +213,9 @@ def total_bytes(folder: Path) -> int:
 def test_a_run_with_codecs_is_the_same_over_memory_and_sockets_to_the_bit(
     tmp_path: Path, codecs: tuple[str, ...]
 ) -> None:
-    one = play(tmp_path, "memory", "cluster.transport=memory", *codecs)
-    other = play(tmp_path, "tcp", "cluster.transport=tcp", *codecs)
+    """With a survey, whose probe and echo are of different sizes."""
+    survey = "control.survey_every_rounds=2"
+    one = play(tmp_path, "memory", "cluster.transport=memory", survey, *codecs)
+    other = play(tmp_path, "tcp", "cluster.transport=tcp", survey, *codecs)
     assert same_parameters(one, other)
-    assert not same_parameters(one, play(tmp_path, "plain", "cluster.transport=memory"))  # the codecs were at work
+    assert not same_parameters(one, play(tmp_path, "plain", "cluster.transport=memory", survey))  # they were at work
