@@ -12,7 +12,8 @@ SEEDS ?=
 METHODS ?=
 JOBS ?= 0
 
-.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-simulation bench-streaming bench-throttled clean
+.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-codecs bench-simulation \
+	bench-streaming bench-throttled clean
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -58,6 +59,10 @@ bench-compare: $(BIN)/.ready  ## methods against each other, simulated: DATASET=
 bench-paper: $(BIN)/.ready  ## all data sets, levels and methods with the numbers of the paper; Ctrl-C, and the same again, goes on
 	$(BIN)/python -m benchmarks.compare benchmarks/configs/paper.toml \
 		--seeds "$(SEEDS)" --methods "$(METHODS)" --jobs $(JOBS) --data $(DATA) --out $(RUNS)/bench-paper
+
+bench-codecs: $(BIN)/.ready  ## accuracy with and without int8 features + fp16 gradients, and bytes: HAR, Fashion-MNIST, seeds 0-2
+	$(BIN)/python -m benchmarks.compare benchmarks/configs/codecs.toml --ours mergesfl@int8 \
+		--seeds "$(SEEDS)" --methods "$(METHODS)" --jobs $(JOBS) --data $(DATA) --out $(RUNS)/bench-codecs
 
 bench-simulation: $(BIN)/.ready  ## what the simulation costs beside the computing itself, and 10,000 workers
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.simulation --dataset har:$(DATA)/uci-har/uci_har.npz --rounds 10

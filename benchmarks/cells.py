@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from mergesfl.errors import ConfigError, unknown_name
 from mergesfl.methods import SUMMARIES
 
 WITHOUT = "-without-"  # mergesfl-without-merging: the method mergesfl with its switch `merging` off
-OWN_KEYS = ("name", "seed", "method.name", "output.folder")  # what a cell is: not to be --set
+VARIANT = "@"  # mergesfl@int8: the method mergesfl with the settings of the preset's [variants.int8]
+OWN_KEYS = ("name", "seed", "method.name", "output.folder")  # what a cell is: not to be --set, nor by a variant
 
 
 @dataclass(frozen=True, eq=False)  # a configuration may hold tables, which have no hash
@@ -26,7 +27,7 @@ class Cell:
     Attributes:
         dataset: as the tables show it.
         level: p of level(p); None: the partition of the configuration.
-        method: a name of METHODS, perhaps with "-without-SWITCH".
+        method: a name of METHODS, perhaps with "-without-SWITCH", then perhaps with "@VARIANT" of the preset.
         seed: of the run: it draws partition, initial weights, batches and devices, alike for all methods.
         config: the effective configuration, with the folder it writes to.
     """
@@ -128,12 +129,28 @@ def cells_of(preset: Preset, choice: Choice, out: Path, data: Path, settings: Se
     return cells
 
 
+def _check_variant(preset: Preset, variant: str, changes: Mapping[str, Any]) -> None:
+    """Variants are of a method: data and seed are what methods are compared on. Raises ConfigError."""
+    for key in (*OWN_KEYS, "data"):
+        table: Any = changes
+        *sections, last = key.split(".")
+        for section in sections:
+            table = table.get(section, {}) if isinstance(table, Mapping) else {}
+        if isinstance(table, Mapping) and last in table:
+            raise ConfigError(f"{preset.path}, [variants.{variant}] sets {key}: each run has its own, take it out")
+
+
 def _cell_config(
     preset: Preset, values: dict[str, Any], dataset: str, level: float | None, method: str, seed: int, out: Path
 ) -> RunConfig:
-    base, *switches_off = method.split(WITHOUT)
+    plain, *variants = method.split(VARIANT)
+    base, *switches_off = plain.split(WITHOUT)
     if base not in SUMMARIES:
         raise unknown_name("method", base, SUMMARIES)
+    for variant in variants:
+        changes = preset.variant(variant)
+        _check_variant(preset, variant, changes)
+        values = overlay(values, changes)
     own: dict[str, Any] = {
         "name": f"{pair_name(dataset, level)}-{method}-seed{seed}",
         "seed": seed,

@@ -3,7 +3,8 @@
 python -m benchmarks.compare PRESET.toml --dataset har --level 10 --methods mergesfl,fedavg --seeds 0,1 --out runs/bench
 PRESET: a file of benchmarks/configs, or any run configuration (see presets.py). Without the options all that the preset
 lists is run. Runs that are done are not repeated: stop it with Ctrl-C and start the same command again to go on.
-An ablation is a method, too: mergesfl-without-merging. Exit codes: 1 a run failed, 2 wrong input, 130 stopped.
+An ablation is a method, too: mergesfl-without-merging; and a variant of the preset: mergesfl@int8.
+Exit codes: 1 a run failed, 2 wrong input, 130 stopped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A preset: a run's configuration with two more tables, which say what a comparison runs.
+"""A preset: a run's configuration with three more tables, which say what a comparison runs.
 
     [benchmark]          command, data sets' levels, methods, seeds, targets: see BenchmarkConfig
     [datasets.NAME]      what differs from the rest of the file for this data set, section by section
+    [variants.NAME]      the same for methods written METHOD@NAME, above all else: a codec, a learning rate
 
 Everything else is a run's configuration, so any file that `mergesfl run` takes is a preset of one data set and one
 partition. `{data}` in data.dataset stands for the folder of data sets.
@@ -46,12 +47,14 @@ class Preset:
         benchmark: its table [benchmark].
         run: the configuration of a run, sections as nested mappings, not yet checked.
         datasets: for each data set what differs from `run`; empty for a plain configuration.
+        variants: for each name behind an @ what differs from the cell without it.
     """
 
     path: Path
     benchmark: BenchmarkConfig
     run: Mapping[str, Any]
     datasets: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[str, Mapping[str, Any]]
 
     def values_for(self, dataset: str) -> dict[str, Any]:
         """The configuration for one data set: a name of [datasets.*], or NAME[:PATH] for a plain configuration.
@@ -63,6 +66,12 @@ class Preset:
                 raise ConfigError(f"{self.path} has no [datasets.{dataset}]: {nearest(dataset, self.datasets)}")
             return overlay(self.run, self.datasets[dataset])
         return overlay(self.run, {"data": {"dataset": dataset}} if dataset else {})
+
+    def variant(self, name: str) -> Mapping[str, Any]:
+        """What METHOD@name sets. Raises ConfigError for a name that the preset does not have."""
+        if name not in self.variants:
+            raise ConfigError(f"{self.path} has no [variants.{name}]: {nearest(name, self.variants)}")
+        return self.variants[name]
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,11 +91,17 @@ def load_preset(path: Path) -> Preset:
         raise ConfigError(f"cannot read the preset {path}: {error.strerror}; see benchmarks/configs") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    datasets = values.pop("datasets", {})
-    if not isinstance(datasets, dict) or not all(isinstance(table, dict) for table in datasets.values()):
-        raise ConfigError(f"{path}: 'datasets' is {datasets!r}, expected tables [datasets.NAME]")
+    datasets, variants = (_tables(path, values, what) for what in ("datasets", "variants"))
     try:
         benchmark = BenchmarkConfig.model_validate(values.pop("benchmark", {}))
     except ValidationError as error:
         raise explain(error, f"{path}, [benchmark]", BenchmarkConfig) from None
-    return Preset(path, benchmark, values, datasets)
+    return Preset(path, benchmark, values, datasets, variants)
+
+
+def _tables(path: Path, values: dict[str, Any], what: str) -> dict[str, dict[str, Any]]:
+    """Takes the tables [what.NAME] out of the values."""
+    tables = values.pop(what, {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise ConfigError(f"{path}: '{what}' is {tables!r}, expected tables [{what}.NAME]")
+    return tables

@@ -9,12 +9,13 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mergesfl.codecs import find_codec, find_weight_codec
 from mergesfl.errors import ConfigError, nearest
 
 if sys.version_info >= (3, 11):
@@ -119,6 +120,31 @@ class ControlConfig(Section):
     allow_above_max: Switch = True  # filling the budget may take d_i above D_max
 
 
+def _checked(find: Callable[[str], object]) -> AfterValidator:
+    """Refuses a name that `find` does not find, with its words."""
+
+    def check(name: str) -> str:
+        try:
+            find(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+CodecName = Annotated[str, _checked(find_codec)]
+WeightCodecName = Annotated[str, _checked(find_weight_codec)]
+
+
+class CodecConfig(Section):
+    """What crosses the wire in place of float32: fp32, fp16, bf16, int8, fp8, topk(share); see mergesfl/codecs."""
+
+    features: CodecName = "fp32"
+    gradients: CodecName = "fp32"
+    weights: WeightCodecName = "fp32"  # of the states that go out and come back: fp32, fp16, bf16, int8
+
+
 class ClusterConfig(Section):
     """Processes, links and what happens when they fail."""
 
@@ -172,13 +198,14 @@ PLUS_KEYS = ("top_momentum", "logit_adjustment", "proximal", "model_averaging")
 class RunConfig(Section):
     """One run."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")] = "run"
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]*$")] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
     training: TrainingConfig = TrainingConfig()
     control: ControlConfig = ControlConfig()
+    codec: CodecConfig = CodecConfig()
     cluster: ClusterConfig = ClusterConfig()
     simulation: SimulationConfig = SimulationConfig()
     output: OutputConfig = OutputConfig()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from mergesfl.control.plan import RoundPlan
 from mergesfl.errors import MergeSFLError, RemoteProtocolError
 from mergesfl.methods.base import MAY_OMIT_TENSORS, Setting, State, StepFeatures
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
 from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensor
@@ -50,6 +51,7 @@ class RoundExchange:
         num_classes: C of the run.
         step_deadline_seconds: how long to wait for the answers to one step.
         attempt: 1, 2, ... at this round.
+        codecs: of the run.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RoundExchange:
         num_classes: int,
         step_deadline_seconds: float,
         attempt: int,
+        codecs: RunCodecs,
     ) -> None:
         self._wire_round = wire_round(plan.round_num, attempt)
         self._plan = plan
@@ -70,6 +73,7 @@ class RoundExchange:
         self._feature_shape = feature_shape
         self._num_classes = num_classes
         self._step_deadline_seconds = step_deadline_seconds
+        self._codecs = codecs
         self._members: dict[str, Member] = {name: fleet.by_id[name] for name in plan.worker_ids}
         self._active = dict(self._members)
         self._assigned: dict[str, dict[str, np.ndarray]] = {}
@@ -91,16 +95,26 @@ class RoundExchange:
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work."""
         plan = self._plan
-        arrays_of: dict[int, dict[str, np.ndarray]] = {}  # the same state goes to many workers: convert it once
+        # The same state goes to many workers: converted and encoded once.
+        sent_of: dict[int, tuple[dict[str, np.ndarray], Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = {}
         for name, member in list(self._active.items()):
             state = states[name]
-            arrays = arrays_of.setdefault(id(state), state_to_arrays(state))
-            self._assigned[name] = arrays
+            if id(state) not in sent_of:
+                arrays = state_to_arrays(state)
+                sent_of[id(state)] = (arrays, *self._codecs.encode_assigned(arrays, name, self._wire_round))
+            self._assigned[name], plain, parts = sent_of[id(state)]
             if settings[name].get(MAY_OMIT_TENSORS) is True:
                 self._may_omit.add(name)
             batch_size = plan.batch_size_of(name)
             assign = Assign(
-                self._wire_round, plan.num_steps, plan.num_exchanges, batch_size, method, dict(settings[name]), arrays
+                self._wire_round,
+                plan.num_steps,
+                plan.num_exchanges,
+                batch_size,
+                method,
+                dict(settings[name]),
+                plain,
+                parts,
             )
             self._switchboard.send(member, assign)
             self.assigned_seconds[name] = self._clock.now_seconds()
@@ -157,10 +171,10 @@ class RoundExchange:
 
     def _answer(self, name: str, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
         """Sends one worker its gradient (d_i, F...)."""
-        array = to_array(gradient)
-        held_seconds = self._clock.now_seconds() - received_seconds
+        answer = self._codecs.encode_gradient(Gradient(self._wire_round, step, 0.0, to_array(gradient)), name)
+        held_seconds = self._clock.now_seconds() - received_seconds  # encoding is computing, too
         self.held_seconds[name] += held_seconds
-        self._switchboard.send(self._active[name], Gradient(self._wire_round, step, held_seconds, array))
+        self._switchboard.send(self._active[name], replace(answer, held_seconds=held_seconds))
 
     def _step_of(self, name: str) -> int:
         """The step that this worker is in."""
@@ -189,6 +203,7 @@ class RoundExchange:
 
     def _take(self, member: Member, message: Features | Update, arrivals: dict[str, Arrival]) -> None:
         try:
+            message = self._decoded(member.worker_id, message)
             self._check(member, message)
         except RemoteProtocolError as error:
             self._switchboard.expel(member, error)
@@ -196,6 +211,15 @@ class RoundExchange:
             self._give_up(member, str(error))
         else:
             arrivals[member.worker_id] = Arrival(message, self._clock.now_seconds())
+
+    def _decoded(self, name: str, message: Features | Update) -> Features | Update:
+        """What the worker meant. Raises RemoteProtocolError for what the run's codec does not make."""
+        try:
+            if isinstance(message, Update):
+                return self._codecs.decode_update(message)
+            return self._codecs.decode_features(message, (self._plan.batch_size_of(name), *self._feature_shape))
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"worker '{name}' {error}") from None
 
     def _check(self, member: Member, message: Features | Update) -> None:
         """Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use."""
@@ -208,12 +232,6 @@ class RoundExchange:
                 )
             self._check_state(name, message.state)
             return
-        expected_shape = (batch_size, *self._feature_shape)
-        if message.features.shape != expected_shape or message.features.dtype != np.float32:
-            raise RemoteProtocolError(
-                f"worker '{name}' sent features {message.features.dtype}{message.features.shape}, "
-                f"expected float32{expected_shape}"
-            )
         if message.labels.shape != (batch_size,) or message.labels.dtype != np.int64:
             raise RemoteProtocolError(
                 f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from mergesfl.methods import CENTRAL, check_streaming, find_method
 from mergesfl.methods.base import MethodSettings, copy_state
 from mergesfl.methods.central import train_round
 from mergesfl.models import build_model
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Welcome
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.devices import resolve_device
@@ -111,6 +111,11 @@ def build_network(config: RunConfig, dataset: Dataset) -> SplitModel:
     )
 
 
+def run_codecs(config: RunConfig) -> RunCodecs:
+    """What features, gradients and states are on the wire."""
+    return RunCodecs(config.seed, config.codec.features, config.codec.gradients, config.codec.weights)
+
+
 def require_extras(config: RunConfig) -> None:
     """What a run needs beyond the core install, looked for before it starts and not after it has trained.
 
@@ -137,7 +142,7 @@ def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progres
     network = build_network(config, dataset)
     if config.training.merge != "barrier" and config.method.name != CENTRAL:
         check_streaming(config.method.name, network, method_settings(config, dataset.sample_shape))
-    sample_bytes = 4 * math.prod(network.feature_shape(dataset.sample_shape))
+    sample_bytes = run_codecs(config).feature_bytes(network.feature_shape(dataset.sample_shape))
     if (config.control.ingress_budget_bytes or sample_bytes) < sample_bytes:
         raise ConfigError(
             f"ingress budget of {config.control.ingress_budget_bytes} bytes per step is less than one sample at the "
@@ -161,7 +166,7 @@ def serve(
 ) -> dict[str, Any]:
     """Runs the parameter server on an endpoint that is already bound; closes it. Returns the summary."""
     config, network, dataset = scene.config, scene.network, scene.dataset
-    feature_shape = network.feature_shape(dataset.sample_shape)
+    feature_shape, codecs = network.feature_shape(dataset.sample_shape), run_codecs(config)
     max_workers = 10 * config.cluster.num_workers + 1000  # room for workers that come and go [ours]
     fleet = Fleet(
         dataset.class_names,
@@ -180,12 +185,15 @@ def serve(
         config.seed,
         stored_type=dataset.train.x.dtype.name,
         **asdict(dataset.scale),
+        feature_codec=config.codec.features,
+        gradient_codec=config.codec.gradients,
+        weight_codec=config.codec.weights,
     )
     switchboard = Switchboard(
         endpoint,
         fleet,
         welcome,
-        4 * math.prod(feature_shape),
+        codecs.feature_bytes(feature_shape),
         check,
         scene.clock,
         config.cluster.start_deadline_seconds,
@@ -193,7 +201,7 @@ def serve(
     )
     settings = method_settings(config, dataset.sample_shape)
     method = find_method(config.method.name)
-    questions = Questions.of(network, settings, 4 * math.prod(feature_shape), method.splits)
+    questions = Questions.of(network, settings, feature_shape, method.splits, codecs)
     survey = FleetSurvey(questions, config.control, fleet, switchboard, scene.clock)
     program = method.make_server(network, settings, scene.device)
     reason = "the parameter server stopped"
@@ -207,6 +215,7 @@ def serve(
             scene.progress,
             scene.clock,
             feature_shape,
+            codecs,
             survey,
             scene.evaluate,
             scene.device,

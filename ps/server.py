@@ -20,6 +20,7 @@ from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.errors import QuorumError
 from mergesfl.methods.base import ServerProgram, StreamingProgram, WorkerUpdate
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Update
 from mergesfl.runtime.arrays import arrays_to_state
 from mergesfl.runtime.clock import Clock
@@ -55,6 +56,7 @@ class Server:
         progress: what a person sees meanwhile.
         clock: the only source of time.
         feature_shape: F..., shape of one sample at the cut.
+        codecs: of the run.
         survey: asks the workers for their speeds before a round.
         evaluate: judges a network on the test set.
         device: where the top runs.
@@ -72,6 +74,7 @@ class Server:
         progress: Progress,
         clock: Clock,
         feature_shape: tuple[int, ...],
+        codecs: RunCodecs,
         survey: FleetSurvey,
         evaluate: Callable[[SplitModel], Evaluation],
         device: torch.device,
@@ -85,7 +88,8 @@ class Server:
         self._progress = progress
         self._clock = clock
         self._feature_shape = feature_shape
-        self._feature_bytes_per_sample = 4 * math.prod(feature_shape)
+        self._feature_bytes_per_sample = codecs.feature_bytes(feature_shape)
+        self._codecs = codecs
         self._survey = survey
         self._evaluate = evaluate
         self._device = device
@@ -191,6 +195,7 @@ class Server:
             self._fleet.num_classes,
             config.cluster.step_deadline_seconds,
             attempt,
+            self._codecs,
         )
         try:
             program.open(plan, view)

@@ -2,12 +2,12 @@
 
 Spec, section 1, step 1 [paper]: "Workers report compute and transfer time per sample"; the smoothing is Eq. 5 and 6.
 The messages are ours (mergesfl/protocol/messages.py): a Survey goes to all workers at once; each computes one step,
-sends a Probe, gets as many bytes back, and reports. A worker that does not report within the deadline is released,
+sends a Probe, gets an Echo, and reports. A worker that does not report within the deadline is released,
 keeps its estimate, and is not chosen before it has been heard again.
 
-What is sent per sample, in each direction [ours]:
+What is sent per sample [ours]:
 
-    split      c, the feature bytes of one sample
+    split      c up, the encoded bytes of one sample's features; down those of its gradient
     federated  model bytes / (tau * d): what ps.outcome.observed_seconds sees of a round, which carries the model once
                down and once up for tau * d samples
 
@@ -19,12 +19,16 @@ latency counts for more in it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from mergesfl.config import ControlConfig
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.methods.base import MethodSettings
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import SURVEY_ATTEMPT, Echo, Probe, Release, Report, Survey, wire_round
+from mergesfl.runtime.arrays import state_to_arrays
 from mergesfl.runtime.clock import Clock
 from mergesfl.training.split import SplitModel
 from ps.fleet import Fleet, Member
@@ -46,17 +50,22 @@ class Questions:
     whole_network: bool
     num_probe_samples: int
     probe_bytes: int
+    echo_bytes: int
 
     @staticmethod
-    def of(network: SplitModel, settings: MethodSettings, feature_bytes_per_sample: int, splits: bool) -> Questions:
+    def of(
+        network: SplitModel, settings: MethodSettings, feature_shape: tuple[int, ...], splits: bool, codecs: RunCodecs
+    ) -> Questions:
         """For a split or a federated method on this network."""
         num_samples = min(SURVEY_SAMPLES, settings.batch_size)
         if splits:
-            return Questions(num_samples, False, num_samples, num_samples * feature_bytes_per_sample)
-        model_bytes = sum(tensor.nbytes for tensor in network.joined_state_dict().values())
+            up_bytes, down_bytes = codecs.feature_bytes(feature_shape), codecs.gradient_bytes(feature_shape)
+            return Questions(num_samples, False, num_samples, num_samples * up_bytes, num_samples * down_bytes)
+        model_bytes = codecs.state_bytes(state_to_arrays(network.joined_state_dict()))
         model_bytes_per_sample = model_bytes / (settings.num_steps * settings.batch_size)
         num_probe_samples = max(1, round(FEDERATED_PROBE_BYTES / max(model_bytes_per_sample, 1.0)))
-        return Questions(num_samples, True, num_probe_samples, round(num_probe_samples * model_bytes_per_sample))
+        num_bytes = round(num_probe_samples * model_bytes_per_sample)
+        return Questions(num_samples, True, num_probe_samples, num_bytes, num_bytes)
 
 
 class FleetSurvey:
@@ -74,6 +83,7 @@ class FleetSurvey:
         self, questions: Questions, control: ControlConfig, fleet: Fleet, switchboard: Switchboard, clock: Clock
     ) -> None:
         self._questions = questions
+        self._echo_payload = np.zeros(questions.echo_bytes, np.uint8)  # (m,)
         self._every_rounds = control.survey_every_rounds
         self._deadline_seconds = control.survey_deadline_seconds
         self._fleet = fleet
@@ -112,19 +122,17 @@ class FleetSurvey:
 
     def _question(self, wire_round_num: int) -> Survey:
         asked = self._questions
-        return Survey(
-            wire_round_num, asked.num_samples, asked.whole_network, asked.num_probe_samples, asked.probe_bytes
-        )
+        return Survey(wire_round_num, **asdict(asked))
 
     def _echo(self, member: Member, probe: Probe) -> None:
-        """Sends back what has come, if it is as much as was asked for."""
+        """Answers with as much as a gradient or a model would be, if what has come is as much as was asked for."""
         received_seconds = self._clock.now_seconds()
         if len(probe.payload) != self._questions.probe_bytes:
             error = f"sent a probe of {len(probe.payload)} bytes, expected {self._questions.probe_bytes}"
             self._switchboard.expel(member, RemoteProtocolError(f"worker '{member.worker_id}' {error}"))
             return
         held_seconds = self._clock.now_seconds() - received_seconds
-        self._switchboard.send(member, Echo(probe.round_num, held_seconds, probe.payload))
+        self._switchboard.send(member, Echo(probe.round_num, held_seconds, self._echo_payload))
 
     def _release(self, member: Member, wire_round_num: int) -> None:
         """A worker that is reachable but too slow: not chosen before it has been heard again."""

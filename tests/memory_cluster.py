@@ -24,6 +24,7 @@ from rich.console import Console
 from mergesfl.config import RunConfig, load_config
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
+from mergesfl.protocol.coding import PLAIN, RunCodecs
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
     Assign,
@@ -221,6 +222,7 @@ class ScriptedWorker:
         self._clock = clock
         self._seconds_per_sample = seconds_per_sample
         self._outbox: list[tuple[float, Frames]] = []
+        self.codecs = PLAIN
         self._assign: Assign | None = None
         self.endpoint = hub.worker()
         self.say(registration(worker_id, label_counts))
@@ -267,7 +269,8 @@ class ScriptedWorker:
         if isinstance(message, Refuse | Reset | Goodbye):
             self.ended = True
         elif isinstance(message, Welcome):
-            honest = Ready(FEATURE_SHAPE, FEATURE_BYTES)
+            self.codecs = RunCodecs.of(message)
+            honest = Ready(FEATURE_SHAPE, self.codecs.feature_bytes(FEATURE_SHAPE))
         elif isinstance(message, Survey):
             honest = Probe(message.round_num, np.zeros(message.probe_bytes, np.uint8))
         elif isinstance(message, Echo):
@@ -290,7 +293,8 @@ class ScriptedWorker:
         assert assign is not None
         rng = generator_for(7, self.worker_id, round_of(assign.round_num), step)
         features = rng.standard_normal((assign.batch_size, *FEATURE_SHAPE)).astype(np.float32)
-        return Features(assign.round_num, step, features, rng.integers(0, NUM_CLASSES, assign.batch_size))
+        labels = rng.integers(0, NUM_CLASSES, assign.batch_size)
+        return self.codecs.encode_features(Features(assign.round_num, step, features, labels), self.worker_id)
 
     def _update(self) -> Update:
         """The state it was given, moved a little in a direction of its own."""
@@ -299,11 +303,13 @@ class ScriptedWorker:
         rng = generator_for(7, self.worker_id, round_of(assign.round_num), "update")
         state = {
             name: array + rng.normal(0, 0.01, array.shape).astype(array.dtype) if array.dtype.kind == "f" else array
-            for name, array in assign.state.items()
+            for name, array in self.codecs.decode_assign(assign).items()
         }
         num_samples = assign.batch_size * assign.num_steps
         compute_seconds = num_samples * self._seconds_per_sample
-        return Update(assign.round_num, num_samples, compute_seconds, num_samples * 0.0005, state, {"loss_nats": 1.0})
+        seconds = (compute_seconds, num_samples * 0.0005)
+        update = Update(assign.round_num, num_samples, *seconds, state, {"loss_nats": 1.0})
+        return self.codecs.encode_update(update, self.worker_id)
 
 
 def registration(worker_id: str, label_counts: tuple[int, ...] = (8, 8, 4), **changes: Any) -> Register:
@@ -318,8 +324,8 @@ def registration(worker_id: str, label_counts: tuple[int, ...] = (8, 8, 4), **ch
 
 def welcome(seed: int, **changes: Any) -> Welcome:
     """What the server tells the workers of the small run, with changes."""
-    scale = ("float32", 1.0, (), (), False, 0)
-    return dataclasses.replace(Welcome("cnn", "conv2", CLASS_NAMES, SAMPLE_SHAPE, seed, *scale), **changes)
+    scale, codecs = ("float32", 1.0, (), (), False, 0), ("fp32", "fp32", "fp32")
+    return dataclasses.replace(Welcome("cnn", "conv2", CLASS_NAMES, SAMPLE_SHAPE, seed, *scale, *codecs), **changes)
 
 
 class ScriptedCluster:

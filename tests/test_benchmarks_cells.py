@@ -31,6 +31,24 @@ training.num_rounds = 9
 """
 
 
+VARIANTS = f"""{PRESET}
+[variants.small]
+training.batch_size = 2
+codec.features = "int8"
+[variants.fast]
+training.learning_rate = 0.2
+codec.features = "fp16"
+[variants.wrong]
+training.batch_size = 0
+[variants.seeded]
+seed = 3
+[variants.other]
+method.name = "fedavg"
+[variants.data]
+data.partition = "iid"
+"""
+
+
 def make_cells(
     folder: Path,
     settings: Sequence[str] = (),
@@ -78,6 +96,18 @@ def test_a_cell_is_the_preset_with_its_data_set_level_method_and_seed(tmp_path: 
     assert (config.seed, cells[0].config.training.num_rounds) == (4, 4)
 
 
+def test_a_variant_is_a_method_with_settings_of_its_own_above_those_of_all(tmp_path: Path) -> None:
+    methods = ("mergesfl", "mergesfl@small", "mergesfl-without-merging@small@fast")
+    cells = make_cells(tmp_path, ["training.batch_size=8"], methods=methods, text=VARIANTS)
+    assert [cell.method for cell in cells] == [*methods]
+    assert cells[1].name == "small-level10-mergesfl@small-seed0"
+    assert [cell.config.training.batch_size for cell in cells] == [8, 2, 2]
+    assert [cell.config.training.learning_rate for cell in cells] == [0.1, 0.1, 0.2]
+    assert [cell.config.codec.features for cell in cells] == ["fp32", "int8", "fp16"]
+    assert [cell.config.method.merging for cell in cells] == [True, True, False]
+    assert len({cell.folder for cell in cells}) == 3
+
+
 def test_a_plain_run_configuration_is_a_preset_of_one_data_set(tmp_path: Path) -> None:
     text = "[data]\npartition = 'shards(2)'\n[training]\nnum_rounds = 2\n"
     (cell,) = make_cells(tmp_path, datasets=("",), levels=(), text=text)
@@ -96,6 +126,13 @@ def test_a_plain_run_configuration_is_a_preset_of_one_data_set(tmp_path: Path) -
         ({"settings": ["seed=3"]}, "has its own"),
         ({"settings": ["data.partition=iid"]}, "has its own"),
         ({"settings": ["training.batch_size=0"]}, "greater than or equal to 1"),
+        ({"methods": ("mergesfl@int8",)}, r"has no \[variants.int8\]"),
+        ({"methods": ("mergesfl@smal",), "text": VARIANTS}, "did you mean 'small'"),
+        ({"methods": ("mergesfl@wrong",), "text": VARIANTS}, "greater than or equal to 1"),
+        ({"methods": ("mergesfl@seeded",), "text": VARIANTS}, r"\[variants.seeded\] sets seed: each run has its own"),
+        ({"methods": ("mergesfl@other",), "text": VARIANTS}, "sets method.name"),
+        ({"methods": ("mergesfl@data",), "text": VARIANTS}, "sets data"),
+        ({"text": "variants = [1]"}, "expected tables"),
         ({"text": PRESET.replace("levels", "level")}, "did you mean 'levels'"),
         ({"text": PRESET.replace("num_rounds = 4", "rounds = 4")}, "unknown key 'training.rounds'"),
         ({"text": "datasets = 3"}, "expected tables"),

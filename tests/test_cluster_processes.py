@@ -19,7 +19,7 @@ from rich.console import Console
 from mergesfl.cluster import run_cluster
 from mergesfl.config import load_config
 from mergesfl.protocol.codec import encode
-from mergesfl.protocol.messages import Features, Leave, Ping, Ready, Register, Update
+from mergesfl.protocol.messages import PROTOCOL_VERSION, Features, Leave, Ping, Ready, Register, Update
 from mergesfl.runtime.checkpoint import load_checkpoint
 from mergesfl.runtime.process import StopFlag
 from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_group, run, start, wait_until
@@ -119,7 +119,7 @@ def send_mutations(address: str, number: int, burst: int) -> Iterator[int]:
     """Sends damaged messages from twenty peers, half of which have registered properly before; yields after a burst."""
     rng = np.random.default_rng(0)
     seeds = [
-        encode(Register("mallory", 1, "cpu", {"mergesfl": "0"}, 0, (), (), (1, 8, 8))),
+        encode(Register("mallory", PROTOCOL_VERSION, "cpu", {"mergesfl": "0"}, 0, (), (), (1, 8, 8))),
         encode(Ready((32, 2, 2), 512)),
         encode(Features(0, 0, np.zeros((2, 32, 2, 2), np.float32), np.zeros(2, np.int64))),
         encode(Update(0, 3, 0.1, 0.1, {"w": np.zeros(3, np.float32)}, {})),
@@ -133,7 +133,7 @@ def send_mutations(address: str, number: int, burst: int) -> Iterator[int]:
         socket.setsockopt(zmq.LINGER, 5000)
         socket.connect(address)
         if index % 2:
-            mine = Register(f"mallory-{index}", 1, "cpu", {}, 0, (), (), (1, 8, 8))
+            mine = Register(f"mallory-{index}", PROTOCOL_VERSION, "cpu", {}, 0, (), (), (1, 8, 8))
             socket.send_multipart([bytes(frame) for frame in encode(mine)])
         sockets.append(socket)
     for count in range(number):

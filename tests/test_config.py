@@ -78,6 +78,7 @@ UNUSUAL: dict[str, Any] = {
         "fill_budget": False,
         "allow_above_max": False,
     },
+    "codec": {"features": "topk(0.1)", "gradients": "fp8", "weights": "bf16"},
     "cluster": {
         "num_workers": 80,
         "transport": "ipc",
@@ -216,7 +217,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trainning": {}}, "unknown key 'trainning': did you mean 'training'? legal: cluster, control, data"),
+        ({"trainning": {}}, "unknown key 'trainning': did you mean 'training'? legal: cluster, codec, control, data"),
         ({"training": {"num_round": 3}}, "unknown key 'training.num_round': did you mean 'num_rounds'?"),
         ({"cluster": {"step_deadline": 3}}, "'cluster.step_deadline': did you mean 'step_deadline_seconds'?"),
         ({"method": {"zzz": 1}}, "unknown key 'method.zzz': legal: adapt_local_steps, "),
@@ -237,6 +238,14 @@ BAD_VALUES = [
     ("name", ".hidden", "match pattern"),
     ("name", "line\n", "match pattern"),
     ("name", "a" * 101, "at most 100 characters"),
+    ("codec.features", "int9", "unknown codec 'int9': did you mean 'int8'"),
+    ("codec.gradients", "fp", "legal: bf16, fp16, fp32, fp8, int8, topk"),
+    ("codec.features", 8, "valid string"),
+    ("codec.features", "fp16(0.1)", "unknown codec"),
+    ("codec.features", "topk", "needs a share of the numbers to keep: topk(0.1)"),
+    ("codec.features", "topk(1.5)", "give one above 0 and up to 1"),
+    ("codec.weights", "topk(0.1)", "not for weights"),
+    ("codec.weights", "fp8", "choose fp32, fp16, bf16, int8"),
     ("training.num_rounds", 0, "greater than or equal to 1"),
     ("training.num_rounds", "60", "valid integer"),
     ("training.num_rounds", True, "valid integer"),
@@ -396,7 +405,7 @@ def test_a_section_that_is_none_is_refused_under_a_preset_too() -> None:
 
 def test_every_section_is_documented() -> None:
     sections = [type(field.default) for field in RunConfig.model_fields.values() if isinstance(field.default, Section)]
-    assert len(sections) == 8
+    assert len(sections) == 9
     for section in (RunConfig, *sections):
         own = section.__dict__.get("__doc__")
         assert own and own != Section.__doc__, section

@@ -24,10 +24,25 @@ from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS, check_wor
 
 EXAMPLES: list[Any] = [
     m.Register("jetson-07", 1, "cuda: Orin", {"torch": "2.5.0"}, 30, (10, 0, 2), ("sit", "été", "0"), (9, 128)),
-    m.Welcome("cnn", "conv2", ("a", "b"), (3, 8, 8), 2**63 - 1, "uint8", 255.0, (0.5, -0.1), (1.0, 0.2), True, 4),
+    m.Welcome(
+        "cnn",
+        "conv2",
+        ("a", "b"),
+        (3, 8, 8),
+        2**63 - 1,
+        "uint8",
+        255.0,
+        (0.5, -0.1),
+        (1.0, 0.2),
+        True,
+        4,
+        "int8",
+        "fp16",
+        "fp32",
+    ),
     m.Ready((32, 32, 2), 8192),
     m.Refuse("no such model"),
-    m.Survey(300, 8, True, 5, 20_000),
+    m.Survey(300, 8, True, 5, 20_000, 40_000),
     m.Probe(300, np.zeros(40, dtype=np.uint8)),
     m.Echo(300, 0.25, np.zeros(40, dtype=np.uint8)),
     m.Report(300, 0.125, 0.0625),
@@ -41,7 +56,12 @@ EXAMPLES: list[Any] = [
         {"conv.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bn.count": np.array(7, dtype=np.int64)},
     ),
     m.Features(3, 0, np.ones((2, 3, 4), dtype=np.float32), np.array([5, 0], dtype=np.int64)),
+    m.Features(
+        *(3, 1, np.full((2, 3, 4), 7, dtype=np.uint8), np.array([5, 0], dtype=np.int64)),
+        {"scale": np.array([0.5, 0, 2], dtype=np.float32), "zero": np.array([0, 9, 255], dtype=np.uint8)},
+    ),
     m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32)),
+    m.Gradient(3, 2, 0.5, np.array([[1.0]], dtype=np.float32), {"places": np.array([[0]], dtype=np.int16)}),
     m.Update(3, 160, 1.25, 0.75, {"conv.weight": np.zeros((2, 0, 3), dtype=np.float16)}, {"loss": 0.25}),
     m.Release(3, "deadline of 5 s missed"),
     m.Ping(),
@@ -86,7 +106,7 @@ def test_golden_bytes() -> None:
     # The header by hand, after the msgpack specification: 9n array of n, 8n map of n, an / dn xx str of n, cb float64.
     # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
     header = (
-        b"\x94\x01\xa8gradient"
+        b"\x94\x02\xa8gradient"
         b"\x83\xa9round_num\x03\xa4step\x02\xacheld_seconds\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00"
         b"\x91\x94\xa8gradient\xa0\xa7float32\x92\x01\x02"
     )
@@ -150,9 +170,10 @@ any_message: st.SearchStrategy[Any] = st.one_of(
         st.lists(st.floats(1e-9, 1e9), max_size=4).map(tuple),
         st.booleans(),
         counts,
+        *(names, names, names),
     ),
     st.builds(m.Ready, shapes, counts),
-    st.builds(m.Survey, counts, counts, st.booleans(), st.integers(1, 2**40), st.integers(0, 575 << 20)),
+    st.builds(m.Survey, counts, counts, st.booleans(), st.integers(1, 2**40), *[st.integers(0, 575 << 20)] * 2),
     st.builds(m.Probe, counts, payloads),
     st.builds(m.Echo, counts, seconds, payloads),
     st.builds(m.Report, counts, seconds, seconds),
@@ -196,7 +217,7 @@ json_like = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.one_of(json_like, st.tuples(st.just(1), st.sampled_from(sorted(KINDS)), json_like, json_like)),
+    st.one_of(json_like, st.tuples(st.just(m.PROTOCOL_VERSION), st.sampled_from(sorted(KINDS)), json_like, json_like)),
     st.binary(max_size=9),
 )
 def test_random_msgpack_is_refused_or_a_message(header: object, tensor: bytes) -> None:
@@ -285,9 +306,12 @@ ARRAY = np.zeros(2, dtype=np.float32)
         (dataclasses.replace(EXAMPLES[1], flip=1), "flip is 1, expected a bool"),
         (m.Features(0, 0, np.zeros((3, 4)), np.zeros(2, dtype=np.int64)), r"\(3, 4\) with labels int64 \(2,\)"),
         (m.Features(0, 0, np.zeros((2, 4)), np.zeros(2, dtype=np.int32)), "labels int32"),
-        (m.Survey(0, 8, 1, 8, 64), "whole_network is 1, expected a bool"),  # type: ignore[arg-type]
-        (m.Survey(0, 8, True, 0, 64), "num_probe_samples is 0, expected 1 to"),  # it is divided by
-        (m.Survey(0, 8, True, 8, 576 << 20), f"probe_bytes is {576 << 20}, expected 0 to {575 << 20}"),  # and a header
+        (m.Survey(0, 8, 1, 8, 64, 64), "whole_network is 1, expected a bool"),  # type: ignore[arg-type]
+        (m.Survey(0, 8, True, 0, 64, 64), "num_probe_samples is 0, expected 1 to"),  # it is divided by
+        (
+            m.Survey(0, 8, True, 8, 576 << 20, 0),
+            f"probe_bytes is {576 << 20}, expected 0 to {575 << 20}",
+        ),  # and a header
         (m.Probe(0, np.zeros(3)), r"payload float64 \(3,\), expected uint8 \(n,\)"),
         (m.Echo(0, 0.0, np.zeros((3, 1), dtype=np.uint8)), r"payload uint8 \(3, 1\), expected uint8 \(n,\)"),
         (m.Report(0, float("nan"), 0.0), "compute_seconds_per_sample is nan, expected a finite number"),
@@ -328,7 +352,7 @@ def test_an_id_that_something_might_interpret_is_refused_at_both_ends(worker_id:
         encode(dataclasses.replace(EXAMPLES[0], worker_id=worker_id))
     fields = {field.name: getattr(EXAMPLES[0], field.name) for field in dataclasses.fields(EXAMPLES[0])}
     with pytest.raises(RemoteProtocolError, match="worker_id is "):
-        decode([msgpack.packb([1, "register", fields | {"worker_id": worker_id}, []])])
+        decode([msgpack.packb([m.PROTOCOL_VERSION, "register", fields | {"worker_id": worker_id}, []])])
     with pytest.raises(ConfigError, match="choose another --id"):
         check_worker_id(worker_id)
 
@@ -358,7 +382,7 @@ def header(*parts: object) -> bytes:
 
 
 def gradient(fields: object = GRADIENT_FIELDS, specs: object = (SPEC,)) -> list[bytes]:
-    return [header(1, "gradient", fields, specs), b"\0\0\0\0"]
+    return [header(m.PROTOCOL_VERSION, "gradient", fields, specs), b"\0\0\0\0"]
 
 
 def test_the_untouched_gradient_is_legal() -> None:
@@ -370,28 +394,28 @@ def test_the_untouched_gradient_is_legal() -> None:
     [
         ([], "0 frames, expected 1 to 4097"),
         ([b""], "header of 0 bytes is no msgpack"),
-        ([header(1, "ping", {}, [])] + [b""] * 4097, "4098 frames"),
+        ([header(m.PROTOCOL_VERSION, "ping", {}, [])] + [b""] * 4097, "4098 frames"),
         ([b"\0" * (2**20 + 1)], "header of 1048577 bytes, the limit is 1048576"),
-        ([header(1, "ping", {}, []) + b"\0"], "no msgpack"),  # trailing data
+        ([header(m.PROTOCOL_VERSION, "ping", {}, []) + b"\0"], "no msgpack"),  # trailing data
         ([b"\x91" * 5000 + b"\x01"], "no msgpack"),  # 5,000 lists inside each other
         ([b"\xdd\xff\xff\xff\xff"], "no msgpack"),  # announces 4 Gi elements
         ([b"\xdb\xff\xff\xff\xff"], "no msgpack"),  # announces a string of 4 GiB
-        ([b"\x94\x01\xa4ping\x80\xd4\x00\x00"], "no msgpack"),  # an extension type
-        ([b"\x94\x01\xa4ping\x81\x00\x00\x90"], "no msgpack"),  # an integer as key
-        ([b"\x94\x01\xa4ping\x82\xa1a\x00\xa1a\x00\x90"], "occurs twice"),
-        ([b"\x94\x01\xa4p\xffng\x80\x90"], "no msgpack"),  # not UTF-8
+        ([b"\x94\x02\xa4ping\x80\xd4\x00\x00"], "no msgpack"),  # an extension type
+        ([b"\x94\x02\xa4ping\x81\x00\x00\x90"], "no msgpack"),  # an integer as key
+        ([b"\x94\x02\xa4ping\x82\xa1a\x00\xa1a\x00\x90"], "occurs twice"),
+        ([b"\x94\x02\xa4p\xffng\x80\x90"], "no msgpack"),  # not UTF-8
         ([header()], r"not \[version"),
         ([msgpack.packb({"version": 1})], r"not \[version"),
         ([header(True, "ping", {}, [])], r"not \[version"),
         ([header("1", "ping", {}, [])], r"not \[version"),
-        ([header(1, "ping", {})], r"not \[version"),
-        ([header(1, "ping", [], [])], r"not \[version"),
-        ([header(1, "ping", {}, {})], r"not \[version"),
-        ([header(2, "hello")], "peer speaks protocol version 2, this end speaks 1"),
-        ([header(1, "pong!", {}, [])], "unknown kind of message 'pong!'"),
-        ([header(1, ["ping"], {}, [])], "unknown kind of message a value of type list"),
-        ([header(1, "ping", {"why": 1}, [])], "unknown fields 'why'"),
-        ([header(1, "release", {"round_num": 1}, [])], "missing or unknown fields 'reason'"),
+        ([header(m.PROTOCOL_VERSION, "ping", {})], r"not \[version"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], [])], r"not \[version"),
+        ([header(m.PROTOCOL_VERSION, "ping", {}, {})], r"not \[version"),
+        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 2"),
+        ([header(m.PROTOCOL_VERSION, "pong!", {}, [])], "unknown kind of message 'pong!'"),
+        ([header(m.PROTOCOL_VERSION, ["ping"], {}, [])], "unknown kind of message a value of type list"),
+        ([header(m.PROTOCOL_VERSION, "ping", {"why": 1}, [])], "unknown fields 'why'"),
+        ([header(m.PROTOCOL_VERSION, "release", {"round_num": 1}, [])], "missing or unknown fields 'reason'"),
         (gradient({**GRADIENT_FIELDS, "step": 1.0}), "step is 1.0, expected an int"),
         (gradient({**GRADIENT_FIELDS, "step": False}), "step is False, expected an int"),
         (gradient({**GRADIENT_FIELDS, "step": -1}), "step is -1"),
@@ -420,11 +444,11 @@ def test_the_untouched_gradient_is_legal() -> None:
         ([gradient(specs=[["gradient", "", "uint8", [0] + [2**29] * 7]])[0], b""], "exceeds 603979776 bytes"),
         ([gradient(specs=[["gradient", "", "bool", [2]]])[0], b"\x01\x02"], "neither 0 nor 1"),
         ([*gradient(specs=[SPEC, SPEC]), b"\0\0\0\0"], "repeated tensor 'gradient'"),
-        ([header(1, "gradient", GRADIENT_FIELDS, [])], r"without the tensor \['gradient'\]"),
+        ([header(m.PROTOCOL_VERSION, "gradient", GRADIENT_FIELDS, [])], r"without the tensor \['gradient'\]"),
         (
             [
                 header(
-                    1,
+                    m.PROTOCOL_VERSION,
                     "update",
                     {"round_num": 0, "num_samples": 0, "compute_seconds": 0.0, "transfer_seconds": 0.0, "metrics": {}},
                     [["state", "w", "int8", [1]], ["state", "w", "int8", [1]]],
@@ -437,7 +461,7 @@ def test_the_untouched_gradient_is_legal() -> None:
         (
             [
                 header(
-                    1,
+                    m.PROTOCOL_VERSION,
                     "features",
                     {"round_num": 0, "step": 0},
                     [["features", "", "int8", [2, 1]], ["labels", "", "int64", [1]]],

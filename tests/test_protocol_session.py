@@ -17,7 +17,7 @@ from mergesfl.protocol.session import Arrival, Role, Session, State
 X, Y = np.zeros((1, 2), dtype=np.float32), np.zeros(1, dtype=np.int64)
 
 REGISTER = m.Register("w", 1, "cpu", {}, 1, (1,), ("a",), (2,))
-WELCOME = m.Welcome("m", "c", ("a", "b"), (2,), 0, "float32", 1.0, (), (), False, 0)
+WELCOME = m.Welcome("m", "c", ("a", "b"), (2,), 0, "float32", 1.0, (), (), False, 0, *["fp32"] * 3)
 READY = m.Ready((2,), 8)
 
 
@@ -42,7 +42,7 @@ def release(round_num: int = 0) -> m.Release:
 
 
 def survey(round_num: int = 0) -> m.Survey:
-    return m.Survey(round_num, 8, False, 8, 4)
+    return m.Survey(round_num, 8, False, 8, 4, 4)
 
 
 PAYLOAD = np.zeros(4, dtype=np.uint8)

@@ -30,11 +30,11 @@ from mergesfl.protocol.messages import (
 from mergesfl.training.split import SplitModel
 from ps.fleet import Fleet
 from ps.outcome import MIN_COMPUTE_SECONDS_PER_SAMPLE
-from ps.run import method_settings
+from ps.run import method_settings, run_codecs
 from ps.survey import Questions
 from ps.switchboard import InterruptedRunError
 from tests.memory_cluster import (
-    FEATURE_BYTES,
+    FEATURE_SHAPE,
     SAMPLE_SHAPE,
     Script,
     ScriptedCluster,
@@ -76,8 +76,9 @@ def estimates_of(config: RunConfig) -> dict[str, list[float]]:
 
 
 def questions_of(tmp_path: Path, method: str, *settings: str) -> Questions:
-    settings_of = method_settings(small_config(tmp_path, *settings), SAMPLE_SHAPE)
-    return Questions.of(network(), settings_of, FEATURE_BYTES, METHODS[method].splits)
+    config = small_config(tmp_path, *settings)
+    splits, settings_of = METHODS[method].splits, method_settings(config, SAMPLE_SHAPE)
+    return Questions.of(network(), settings_of, FEATURE_SHAPE, splits, run_codecs(config))
 
 
 def network() -> SplitModel:
@@ -86,8 +87,20 @@ def network() -> SplitModel:
 
 def test_a_split_probe_is_as_large_as_the_features_of_the_batch(tmp_path: Path) -> None:
     """8 samples, or the whole batch where that is less, at 512 bytes each."""
-    assert questions_of(tmp_path, "mergesfl", "training.batch_size=64") == Questions(8, False, 8, 8 * 512)
-    assert questions_of(tmp_path, "mergesfl", "training.batch_size=3") == Questions(3, False, 3, 3 * 512)
+    assert questions_of(tmp_path, "mergesfl", "training.batch_size=64") == Questions(8, False, 8, 8 * 512, 8 * 512)
+    assert questions_of(tmp_path, "mergesfl", "training.batch_size=3") == Questions(3, False, 3, 3 * 512, 3 * 512)
+
+
+def test_with_codecs_a_probe_is_as_large_as_the_encoded_features_and_its_echo_as_the_encoded_gradient(
+    tmp_path: Path,
+) -> None:
+    """128 numbers per sample: 1 byte each up, 2 down. Of a model 288,347 numbers: 2 bytes for each but the biases."""
+    coded = questions_of(tmp_path, "mergesfl", "codec.features=int8", "codec.gradients=fp16")
+    assert coded == Questions(8, False, 8, 8 * 128, 8 * 256)
+    num_biases = 12 + 32 + 64 + 1024 + 3
+    model_bytes = 2 * (NUM_PARAMETERS - num_biases) + 4 * num_biases
+    coded = questions_of(tmp_path, "fedavg", "codec.weights=fp16")
+    assert coded == Questions(8, True, 2, *[round(2 * model_bytes / 16)] * 2)
 
 
 def test_a_federated_probe_stands_for_a_share_of_the_model(tmp_path: Path) -> None:
@@ -95,8 +108,8 @@ def test_a_federated_probe_stands_for_a_share_of_the_model(tmp_path: Path) -> No
     152.7 samples. tau * d = 2 * 8: 72,086.75 bytes, more than a probe should have, are one sample."""
     model_bytes = 4 * NUM_PARAMETERS
     large = questions_of(tmp_path, "fedavg", "training.local_steps=42", "training.batch_size=64")
-    assert large == Questions(8, True, 153, round(153 * model_bytes / (42 * 64)))
-    assert questions_of(tmp_path, "fedavg") == Questions(8, True, 1, round(model_bytes / 16))
+    assert large == Questions(8, True, 153, *[round(153 * model_bytes / (42 * 64))] * 2)
+    assert questions_of(tmp_path, "fedavg") == Questions(8, True, 1, *[round(model_bytes / 16)] * 2)
 
 
 def test_only_a_method_that_plans_by_speed_asks_and_it_asks_for_what_its_workers_train(tmp_path: Path) -> None:

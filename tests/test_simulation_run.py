@@ -69,23 +69,28 @@ def test_the_flops_of_the_top_by_hand(tmp_path: Path) -> None:
     assert top_flops_per_sample(build_network(config, dataset), dataset.sample_shape) == TOP_FLOPS
 
 
-def test_a_split_round_by_hand(tmp_path: Path) -> None:
-    """One worker, tau = 2, d = 8: assign, forward, up, top, down, backward + forward, up, top, down, backward, update.
+@pytest.mark.parametrize(
+    ("codecs", "bytes_per_number"), [((), 4 + 4), (("codec.features=int8", "codec.gradients=fp16"), 1 + 2)]
+)
+def test_a_split_round_by_hand(tmp_path: Path, codecs: tuple[str, ...], bytes_per_number: int) -> None:
+    """One worker, tau = 2, d = 40: assign, forward, up, top, down, backward + forward, up, top, down, backward, update.
 
     Bytes are the journal's; pings and pongs are too small to be carried by the link, a few dozen bytes of them count.
     """
-    config = config_of(tmp_path, "method.name=splitfed-v1", "training.num_rounds=1", num_workers=1)
+    config = config_of(
+        tmp_path, "method.name=splitfed-v1", "training.num_rounds=1", "training.batch_size=40", *codecs, num_workers=1
+    )
     play(config)
     (line,) = journal_of(config)
     carried_seconds = (line["ingress_bytes"] + line["egress_bytes"]) / RATE_BYTES_PER_SECOND
     latency_seconds = 6 * LATENCY_SECONDS  # assign, 2 features, 2 gradients, update
-    worker_flops = 2 * 8 * (BOTTOM_FORWARD_FLOPS + BOTTOM_BACKWARD_FLOPS)
+    worker_flops = 2 * 40 * (BOTTOM_FORWARD_FLOPS + BOTTOM_BACKWARD_FLOPS)
     worker_seconds = 3 * OVERHEAD_SECONDS + worker_flops / FLOPS_PER_SECOND  # 3 stretches
-    ps_seconds = 2 * 8 * TOP_FLOPS / PS_FLOPS_PER_SECOND
+    ps_seconds = 2 * 40 * TOP_FLOPS / PS_FLOPS_PER_SECOND
     expected_seconds = carried_seconds + latency_seconds + worker_seconds + ps_seconds
     assert line["round_seconds"] == pytest.approx(expected_seconds, abs=100 / RATE_BYTES_PER_SECOND)
     # what the worker reports: its own computing, and features and gradients on the link; not the waiting for the server
-    model_seconds = latency_seconds / 3 + (carried_seconds - 4 * 8 * 32 * 4 * 4 / RATE_BYTES_PER_SECOND)
+    model_seconds = latency_seconds / 3 + (carried_seconds - 2 * 40 * 32 * 4 * bytes_per_number / RATE_BYTES_PER_SECOND)
     assert line["observed_seconds"][0] == pytest.approx(expected_seconds - ps_seconds - model_seconds, rel=0.02)
     assert line["idle_seconds"] == 0.0
 

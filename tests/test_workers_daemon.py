@@ -18,7 +18,9 @@ from mergesfl.data.scale import IDENTITY, PIXELS
 from mergesfl.errors import ConfigError, DataError
 from mergesfl.models import build_model
 from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import (
+    PROTOCOL_VERSION,
     Assign,
     Echo,
     Features,
@@ -199,7 +201,7 @@ def test_it_says_what_it_holds_builds_the_model_and_is_ready(stages: Callable[..
     stage = stages()
     register = stage.expect(Register)
     assert (register.worker_id, register.num_samples, register.label_counts) == ("a", 6, (2, 3, 1))
-    assert (register.protocol_version, register.sample_shape) == (1, SAMPLE_SHAPE)
+    assert (register.protocol_version, register.sample_shape) == (PROTOCOL_VERSION, SAMPLE_SHAPE)
     assert register.class_names == ("0", "1", "2")
     assert {"mergesfl", "torch", "python"} <= register.versions.keys()
     stage.say(WELCOME)
@@ -260,7 +262,7 @@ def test_a_federated_round_reports_its_mean_loss(stages: Callable[..., Stage]) -
 
 
 def survey(wire_round: int, whole_network: bool = False) -> Survey:
-    return Survey(wire_round, 8, whole_network, 8, 5000)
+    return Survey(wire_round, 8, whole_network, 8, 5000, 5000)
 
 
 @pytest.mark.parametrize("whole_network", [False, True])
@@ -462,6 +464,49 @@ def test_a_gradient_of_another_shape_ends_the_session(stages: Callable[..., Stag
     stage.expect(Features)
     stage.say(Gradient(100, 0, 0.0, np.zeros((4, 7), np.float32)))
     stage.join()
+
+
+def test_what_is_not_of_the_runs_codec_ends_the_session(stages: Callable[..., Stage]) -> None:
+    stage = stages()
+    stage.join()
+    asked = assign(100, SPLIT)
+    stage.say(replace(asked, parts={"x:values": np.zeros((1, 2, 2), np.uint8)}))
+    stage.join()
+    stage.say(asked)
+    features = stage.expect(Features).features
+    stage.say(Gradient(100, 0, 0.0, features, {"scale": np.ones(32, np.float32)}))
+    stage.join()
+    assert len(set(stage.peers)) == 3
+
+
+def test_features_and_update_are_of_the_codecs_that_the_server_names(stages: Callable[..., Stage]) -> None:
+    """512 bytes per sample in fp32, 128 in int8; the gradient is answered in fp16."""
+    codecs = {"feature_codec": "int8", "gradient_codec": "fp16", "weight_codec": "bf16"}
+    told = replace(WELCOME, **codecs)
+    run = RunCodecs.of(told)
+    stage = stages()
+    stage.expect(Register)
+    stage.say(told)
+    assert stage.expect(Ready) == Ready(FEATURE_SHAPE, FEATURE_BYTES // 4)
+    asked = assign(100, SPLIT)
+    state, parts = run.encode_assigned(asked.state, "a", 100)
+    stage.say(replace(asked, state=state, parts=parts))
+    for step in range(SPLIT):
+        features = stage.expect(Features)
+        assert (features.features.dtype, sorted(features.parts)) == (np.uint8, ["scale", "zero"])
+        x = run.decode_features(features, features.features.shape).features
+        stage.say(run.encode_gradient(Gradient(100, step, 0.0, x), "a"))
+    update = stage.expect(Update)
+    assert run.decode_update(update).state.keys() == asked.state.keys()
+    assert {array.dtype.name for array in update.parts.values()} == {"int16"}
+
+
+def test_a_codec_that_this_worker_does_not_know_ends_it_with_the_name(stages: Callable[..., Stage]) -> None:
+    stage = stages()
+    stage.expect(Register)
+    stage.say(replace(WELCOME, feature_codec="int7"))
+    assert "unknown codec 'int7'" in stage.expect(Leave).reason
+    assert isinstance(stage.ended(), ConfigError)
 
 
 # Ends.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mergesfl.methods.flops import WorkFlops
+from mergesfl.protocol.coding import PLAIN
 from mergesfl.protocol.messages import Features, Gradient, Message, Pong
 from tests.memory_cluster import HandClock
 from workers.exchange import TimedExchange
@@ -57,7 +58,7 @@ class Bench:
         self.clock = HandClock()
         self.link = FakeLink(self.clock, held_seconds, gradient, answer)
         pace = pace or MeasuredPace(self.clock, slowdown)
-        self.exchange = TimedExchange(cast(Link, self.link), 100, 4, self.clock, pace, CPU)
+        self.exchange = TimedExchange(cast(Link, self.link), 100, 4, self.clock, pace, CPU, PLAIN, "w")
 
 
 def test_compute_is_all_but_the_exchanges_and_transfer_is_exchange_less_held() -> None:
@@ -174,7 +175,7 @@ def test_an_empty_gradient_is_handed_on() -> None:
 
 @pytest.mark.parametrize("gradient", [torch.zeros(3, 2), torch.zeros(4, 3), torch.zeros(8)])
 def test_a_gradient_of_another_shape_ends_the_session(gradient: torch.Tensor) -> None:
-    with pytest.raises(SessionLostError, match=r"gradient of shape .* for features of \(4, 2\)"):
+    with pytest.raises(SessionLostError, match=r"the server sent a gradient float32.*, expected float32\(4, 2\)"):
         Bench(gradient=gradient).exchange(0, Z, Y)
 
 

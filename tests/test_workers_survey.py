@@ -25,7 +25,7 @@ from workers.survey import SelfSurvey, pass_bottom, pass_whole
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
 WORK_SECONDS = 2.0  # what the network takes for the batch
-SURVEY = Survey(1200, num_samples=4, whole_network=False, num_probe_samples=5, probe_bytes=20)
+SURVEY = Survey(1200, num_samples=4, whole_network=False, num_probe_samples=5, probe_bytes=20, echo_bytes=20)
 
 
 class FakeLink:
@@ -139,7 +139,7 @@ def test_declared_durations_replace_both() -> None:
 def test_the_pace_is_told_of_one_stretch_of_forward_and_backward(whole_network: bool, name: str) -> None:
     pace = NotingPace()
     bench = Bench(pace)
-    bench.report(Survey(1200, 4, whole_network, 5, 20))
+    bench.report(Survey(1200, 4, whole_network, 5, 20, 20))
     assert pace.rounds == [12]
     assert pace.stretches == [(WORK_SECONDS, Stretch(num_full_samples=4))]
     assert bench.models.counted == [name]
@@ -178,7 +178,7 @@ def test_nothing_is_changed_by_it(work: Work, training: bool) -> None:
     ("answer", "words"),
     [
         (Gradient(1200, 0, 0.0, np.zeros(20, np.float32)), "expected Echo, got Gradient"),
-        (Echo(1200, 0.0, np.zeros(19, np.uint8)), "echo of 19 bytes for a probe of 20"),
+        (Echo(1200, 0.0, np.zeros(19, np.uint8)), "echo of 19 bytes, expected 20"),
     ],
 )
 def test_an_answer_that_is_no_echo_ends_the_session(answer: Message, words: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 import mergesfl
 from mergesfl.data.sampling import Batches
 from mergesfl.data.scale import Scale
-from mergesfl.errors import ConfigError
+from mergesfl.errors import ConfigError, RemoteProtocolError
 from mergesfl.methods import find_method
 from mergesfl.methods.base import Assignment
+from mergesfl.protocol.coding import PLAIN, RunCodecs
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Assign, Ready, Register, Survey, Update, Welcome, round_of
 from mergesfl.protocol.rules import check_worker_id
-from mergesfl.runtime.arrays import arrays_to_state, state_to_arrays
+from mergesfl.runtime.arrays import Array, arrays_to_state, state_to_arrays
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.devices import describe_device
 from mergesfl.runtime.patience import REAL, Patience
@@ -85,6 +86,7 @@ class Daemon:
         self._models: ModelSource = models or OwnModel()
         self._patience = patience
         self._seed = 0
+        self._codecs = PLAIN
 
     def run(self) -> None:
         """Serves runs until asked to stop (with `once`: until the first goodbye).
@@ -150,7 +152,7 @@ class Daemon:
         if not isinstance(welcome, Welcome):
             raise SessionLostError(f"expected Welcome, got {type(welcome).__name__}")
         feature_shape = self._build(welcome)
-        link.send(Ready(feature_shape, 4 * int(torch.Size(feature_shape).numel())))
+        link.send(Ready(feature_shape, self._codecs.feature_bytes(feature_shape)))
         self._log.info("registered: %s cut at %s, features %s", welcome.model, welcome.cut, feature_shape)
         while True:
             try:
@@ -174,6 +176,7 @@ class Daemon:
         scale = Scale(welcome.divisor, welcome.mean, welcome.std, welcome.flip, welcome.crop_padding_pixels)
         self._run_data = self._data.relabelled(welcome.class_names).rescaled(scale, welcome.stored_type)
         self._seed = welcome.seed
+        self._codecs = RunCodecs.of(welcome)
         return self._models.prepare(welcome, self._device)
 
     def _work(self, link: Link, assign: Assign) -> None:
@@ -187,7 +190,7 @@ class Daemon:
             num_steps=assign.num_steps,
             batch_size=assign.batch_size,
             settings=assign.settings,
-            state=arrays_to_state(assign.state),
+            state=arrays_to_state(self._state_of(assign)),
             seed=seed_for(self._seed, "worker", worker_id, round_num),
         )
         try:
@@ -200,6 +203,8 @@ class Daemon:
                 self._clock,
                 self._pace,
                 self._device,
+                self._codecs,
+                worker_id,
                 prefetched.prepare,
             )
             with self._models.lend() as model:
@@ -208,16 +213,15 @@ class Daemon:
         except (RuntimeError, ValueError, KeyError) as error:  # out of memory, or a state that does not fit the model
             raise WorkFailedError(f"round {round_num + 1} failed on this worker: {error}") from error
         exchange.finish(assign.num_steps)
-        link.send(
-            Update(
-                round_num=assign.round_num,
-                num_samples=result.num_samples,
-                compute_seconds=exchange.compute_seconds,
-                transfer_seconds=exchange.transfer_seconds,
-                state=state_to_arrays(result.state),
-                metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
-            )
+        update = Update(
+            round_num=assign.round_num,
+            num_samples=result.num_samples,
+            compute_seconds=exchange.compute_seconds,
+            transfer_seconds=exchange.transfer_seconds,
+            state=state_to_arrays(result.state),
+            metrics={name: value for name, value in result.metrics.items() if math.isfinite(value)},
         )
+        link.send(self._codecs.encode_update(update, worker_id))
         self._log.info(
             "round %d: %d samples, compute %.3f s, transfer %.3f s",
             round_num + 1,
@@ -225,6 +229,13 @@ class Daemon:
             exchange.compute_seconds,
             exchange.transfer_seconds,
         )
+
+    def _state_of(self, assign: Assign) -> Mapping[str, Array]:
+        """The state to start from. Raises SessionLostError: it is not of the run's codec."""
+        try:
+            return self._codecs.decode_assign(assign)
+        except RemoteProtocolError as error:
+            raise SessionLostError(f"the server {error}") from error
 
     def _answer(self, link: Link, survey: Survey) -> None:
         """Measures one step and reports. Raises like `_work`."""

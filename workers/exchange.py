@@ -1,7 +1,8 @@
 """The blocking exchange: features out, the next batch drawn meanwhile, gradient in, and how long both took.
 
 Observed as the spec's section 2 says: the worker times its own forward and backward (compute) and each exchange; the
-server reports how long it held the request; transfer = exchange - held. Only durations cross the network.
+server reports how long it held the request; transfer = exchange - held. Only durations cross the network. Encoding and
+decoding is computing.
 
 Sending only hands the frames to the transport, which carries them while the next batch is drawn. Should the gradient be
 back before that is done, the rest counts as transfer: what the step took in all stays right.
@@ -14,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mergesfl.errors import RemoteProtocolError
+from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Features, Gradient
 from mergesfl.runtime.arrays import to_array, to_tensor
 from mergesfl.runtime.clock import Clock
@@ -35,6 +38,8 @@ class TimedExchange:
         clock: Clock,
         pace: Pace,
         device: torch.device,
+        codecs: RunCodecs,
+        worker_id: str,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._link = link
@@ -43,6 +48,8 @@ class TimedExchange:
         self._clock = clock
         self._pace = pace
         self._device = device
+        self._codecs = codecs
+        self._worker_id = worker_id
         self._prepare = prepare
         self._step_compute_seconds = 0.0
         self._num_exchanges = 0
@@ -54,6 +61,7 @@ class TimedExchange:
     def __call__(self, step: int, features: Tensor, labels: Tensor) -> Tensor:
         """features (d_i, F...), labels (d_i,) -> dL/dfeatures (d_i, F...). Blocks until the server answers."""
         message = Features(self._round_num, step, to_array(features), to_array(labels))  # waits for the device
+        message = self._codecs.encode_features(message, self._worker_id)
         self._pause_compute(Stretch(len(labels), self._num_owed_samples))
         self._num_exchanges += 1
         begin_seconds = self._clock.now_seconds()
@@ -64,11 +72,13 @@ class TimedExchange:
         if not isinstance(answer, Gradient):
             raise SessionLostError(f"expected Gradient for step {step}, got {type(answer).__name__}")
         self.transfer_seconds += self._pace.transfer_seconds(exchange_seconds - answer.held_seconds, len(labels))
-        if answer.gradient.shape not in (tuple(features.shape), (0,)):
-            raise SessionLostError(f"gradient of shape {answer.gradient.shape} for features of {tuple(features.shape)}")
-        self._num_owed_samples = len(labels) if answer.gradient.size else 0  # an empty one: nothing to go back through
         self._compute_begin_seconds = self._clock.now_seconds()
-        return to_tensor(answer.gradient, self._device)
+        try:
+            gradient = self._codecs.decode_gradient(answer, tuple(features.shape))
+        except RemoteProtocolError as error:
+            raise SessionLostError(f"the server {error}") from error
+        self._num_owed_samples = len(labels) if gradient.size else 0  # an empty one: nothing to go back through
+        return to_tensor(gradient, self._device)
 
     def finish(self, num_steps: int) -> None:
         """Ends the last stretch of computing and settles what is reported for the round."""

@@ -72,8 +72,8 @@ class SelfSurvey:
         exchange_seconds = self._clock.now_seconds() - begin_seconds
         if not isinstance(echo, Echo):
             raise SessionLostError(f"expected Echo, got {type(echo).__name__}")
-        if echo.payload.shape != payload.shape:
-            raise SessionLostError(f"echo of {len(echo.payload)} bytes for a probe of {len(payload)}")
+        if len(echo.payload) != survey.echo_bytes:
+            raise SessionLostError(f"echo of {len(echo.payload)} bytes, expected {survey.echo_bytes}")
         measured_seconds = exchange_seconds - echo.held_seconds
         return self._pace.transfer_seconds(measured_seconds, survey.num_probe_samples) / survey.num_probe_samples
 

@@ -12,7 +12,7 @@ from mergesfl.protocol.limits import Limits
 from mergesfl.protocol.messages import Array
 from mergesfl.protocol.rules import IllegalValue, shape, shown
 
-# No object and no complex arrays. bfloat16 is unknown to numpy: send float16 or float32.
+# No object and no complex arrays. bfloat16 is unknown to numpy: its codec sends the bits.
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),

@@ -3,7 +3,7 @@
     frame 0      msgpack [version, kind, {field: value}, [[field, key, dtype, shape], ...]]
     frame 1...   the elements of each tensor, in the order of the specs: little-endian, C order, nothing else
 
-`key` is the name within a state, "" for a field that is one tensor. Two rules:
+`key` is the name within a state or among parts, "" for a field that is one tensor. Two rules:
 
 1. Whatever bytes arrive, `decode` returns a message or raises RemoteProtocolError, and holds memory in proportion to
    the frames it was given.
@@ -233,7 +233,7 @@ def _check_sizes(frames: Sequence[Frame], limits: Limits) -> None:
 
 
 def _check_whole(message: Message) -> None:
-    """Rules that know more than one field: labels (d,) int64 beside features (d, F...); a payload is plain bytes."""
+    """Rules that know more than one field: labels (d,) int64 beside features (d, ...); a payload is plain bytes."""
     if isinstance(message, Features):
         labels, features = message.labels, message.features
         if labels.dtype != np.int64 or labels.ndim != 1 or features.shape[:1] != labels.shape:

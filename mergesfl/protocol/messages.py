@@ -2,6 +2,9 @@
 
 Arrays are numpy: the wire knows no torch. Only durations cross the network, never timestamps (clocks disagree).
 Legend: d samples of one worker's step, C classes, F... shape of one sample at the cut, n bytes of a probe.
+
+The codecs of the run (mergesfl/codecs, mergesfl/protocol/coding.py) say what features, gradients and states look like
+on the wire; `parts` is what a codec sends beside them. With "fp32" there are none.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic]
 Setting = int | float | str | bool
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 NUMBERS_PER_ROUND = 100  # of a survey, and of up to 99 attempts
 SURVEY_ATTEMPT = 0  # the survey comes before the first attempt at its round
 
@@ -66,6 +69,9 @@ class Welcome:
     std: tuple[float, ...]  # as mean
     flip: bool
     crop_padding_pixels: int
+    feature_codec: str  # names of mergesfl/codecs
+    gradient_codec: str
+    weight_codec: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Ready:
     """Worker -> PS. The model is built and one sample has passed through its bottom."""
 
     feature_shape: tuple[int, ...]  # F... of one sample
-    feature_bytes_per_sample: int
+    feature_bytes_per_sample: int  # after the codec
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Survey:
     whole_network: bool  # of the whole network (a federated method), else of the bottom alone
     num_probe_samples: int  # what is sent for so many samples in one direction
     probe_bytes: int  # is so much: n
+    echo_bytes: int  # and what comes back for them so much: m
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Echo:
-    """PS -> worker. As many bytes back, and how long the PS held the Probe."""
+    """PS -> worker. As many bytes as come back for num_probe_samples, and how long the PS held the Probe."""
 
     round_num: int
     held_seconds: float
-    payload: Array  # (n,) uint8
+    payload: Array  # (m,) uint8
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class Assign:
     method: str  # name in the METHODS table: whose `work` function to run
     settings: Mapping[str, Setting]  # learning_rate and the like
     state: Mapping[str, Array]  # parameters and buffers to start from (bottom or full model)
+    parts: Mapping[str, Array] = field(default_factory=dict)  # of the tensors that the codec carries
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,9 @@ class Features:
 
     round_num: int
     step: int
-    features: Array  # (d, F...)
+    features: Array  # (d, F...) float32, or the codec's values (d, ...)
     labels: Array  # (d,) int64
+    parts: Mapping[str, Array] = field(default_factory=dict)  # what the codec sends beside its values
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,8 @@ class Gradient:
     round_num: int
     step: int
     held_seconds: float
-    gradient: Array  # (d, F...)
+    gradient: Array  # (d, F...) float32, or the codec's values (d, ...); (0,) float32 for none
+    parts: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,7 @@ class Update:
     transfer_seconds: float  # sum over steps of (exchange - held)
     state: Mapping[str, Array]
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": 0.3} of a federated method
+    parts: Mapping[str, Array] = field(default_factory=dict)  # of the tensors that the codec carries
 
 
 @dataclass(frozen=True)

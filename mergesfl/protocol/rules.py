@@ -201,9 +201,12 @@ RULES: Mapping[str, Rule] = {
     "cut": optional_name,
     "device": text,
     "divisor": positive,
+    "echo_bytes": payload_bytes,
     "feature_bytes_per_sample": count,
+    "feature_codec": name,
     "feature_shape": shape,
     "flip": flag,
+    "gradient_codec": name,
     "held_seconds": seconds,
     "label_counts": sequence_of(count),
     "mean": sequence_of(real),
@@ -227,9 +230,10 @@ RULES: Mapping[str, Rule] = {
     "transfer_seconds": seconds,
     "transfer_seconds_per_sample": seconds,
     "versions": table_of(text),
+    "weight_codec": name,
     "whole_network": flag,
     "worker_id": worker_id,
 }
 
 ARRAY_FIELDS = frozenset({"features", "labels", "gradient", "payload"})  # one tensor each
-STATE_FIELDS = frozenset({"state"})  # a mapping from names to tensors
+STATE_FIELDS = frozenset({"parts", "state"})  # a mapping from names to tensors

@@ -1,0 +1,97 @@
+"""fp8: float8 e4m3 (4 bits of exponent, 3 of mantissa, no infinity), each channel scaled so that its largest is 448.
+
+    scale = max |x| of the channel / 448
+    code = e4m3(x / scale), to nearest, ties to even;   decoded = e4m3(code) * scale
+
+Error: |decoded - x| <= 2**-4 |x| for |x| >= 2**-6 scale, and <= 2**-10 scale below, both times 1.001 for float32's own
+rounding. So numbers that are up to 448 * 64 = 28,672 times smaller than their channel's largest keep 3 bits; int8 errs
+less near the largest.
+
+Format: "FP8 Formats for Deep Learning" (Micikevicius et al., arXiv 2209.05433), torch's float8_e4m3fn. Scale [ours].
+A channel whose largest is below 2**-118 becomes 0; numbers beyond +-2**126 become that. A channel with something that
+is not finite is marked by scale = +inf and comes out as NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergesfl.codecs.base import (
+    VALUES,
+    Array,
+    Floats,
+    Parts,
+    channel_axes,
+    channel_shape,
+    num_channels,
+    require,
+    require_names,
+    require_scale,
+    size_of,
+)
+
+LARGEST_E4M3 = 448.0
+LARGEST = 2.0**126
+SMALLEST_RANGE = 2.0**-118
+NAN = 0x7F  # the one magnitude that is no number
+
+
+def to_e4m3(x: Floats) -> NDArray[np.uint8]:
+    """The codes of numbers from -448 to 448; NaN has a code, too."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    magnitude, sign = bits & np.uint32(0x7FFF_FFFF), (bits >> np.uint32(24)) & np.uint32(0x80)
+    odd = (magnitude >> np.uint32(20)) & np.uint32(1)
+    # 20 bits of mantissa go, rounded half to even; a carry moves on into the exponent, whose bias goes from 127 to 7.
+    normal = ((magnitude + np.uint32(0x7_FFFF) + odd) >> np.uint32(20)).astype(np.int32) - (120 << 3)
+    is_number = ~np.isnan(x)
+    small = np.rint(np.where(is_number, np.abs(x), 0.0) * np.float32(512)).astype(np.int32)  # multiples of 2**-9
+    codes = np.where(magnitude < np.float32(2.0**-6).view(np.uint32), small, normal)
+    signed: NDArray[np.uint8] = np.where(is_number, codes, NAN).astype(np.uint8) | sign.astype(np.uint8)
+    return signed.reshape(x.shape)
+
+
+def _all_numbers() -> Floats:
+    """(256,) the number of every code."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    magnitude = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    magnitude[code & 0x7F == NAN] = np.nan
+    return np.where(code & 0x80, -magnitude, magnitude).astype(np.float32)
+
+
+NUMBERS = _all_numbers()
+
+
+class Fp8:
+    """A quarter of the bytes, more range and less precision than int8."""
+
+    name = "fp8"
+
+    def encode(self, x: Floats, generator: np.random.Generator) -> dict[str, Array]:
+        """VALUES uint8 (d, F...), "scale" float32 (channels,)."""
+        axes, spread = channel_axes(x.shape), channel_shape(x.shape)
+        largest = np.max(np.abs(x), axis=axes, initial=0.0).astype(np.float64)  # (channels,) or (); NaN if there is one
+        is_finite, is_zero = np.isfinite(largest), largest < SMALLEST_RANGE
+        largest = np.where(is_finite & ~is_zero, np.minimum(largest, LARGEST), 1.0)
+        scale = (largest / LARGEST_E4M3).astype(np.float32)
+        keeps = (is_finite & ~is_zero).reshape(spread)
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = np.clip(np.where(keeps, x / scale.reshape(spread), 0.0), -LARGEST_E4M3, LARGEST_E4M3)
+        scale = np.where(is_zero, np.float32(0), scale)
+        scale = np.where(is_finite, scale, np.float32(np.inf))
+        return {VALUES: to_e4m3(scaled.astype(np.float32, copy=False)), "scale": scale.reshape(-1)}
+
+    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Floats:
+        """e4m3(code) * scale. Raises IllegalCode."""
+        require_names(parts, VALUES, "scale")
+        codes = require(parts, VALUES, np.uint8, shape)
+        scale = require_scale(parts, shape)
+        x: Floats = NUMBERS[codes]
+        with np.errstate(invalid="ignore", over="ignore"):
+            x *= np.where(np.isfinite(scale), scale, np.float32(np.nan))
+        return x
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """1 per number, 4 per channel."""
+        return size_of(shape) + 4 * num_channels(shape)
