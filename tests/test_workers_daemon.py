@@ -342,9 +342,9 @@ def test_only_the_part_that_is_trained_goes_to_the_device(
     moved: list[str] = []
     move = torch.nn.Module.to
 
-    def to(module: torch.nn.Module, *where: Any) -> torch.nn.Module:
+    def to(module: torch.nn.Module, *where: Any, **how: Any) -> torch.nn.Module:
         moved.append(type(module).__name__)
-        return move(module, *where)
+        return move(module, *where, **how)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
     stage = stages()

@@ -192,7 +192,7 @@ def test_the_next_batch_is_drawn_when_the_features_are_out_and_before_the_answer
         bench.clock.seconds += 0.25
 
     clock, link = bench.clock, cast(Link, bench.link)
-    exchange = TimedExchange(link, 100, 4, clock, MeasuredPace(clock, 1.0), CPU, prepare)
+    exchange = TimedExchange(link, 100, 4, clock, MeasuredPace(clock, 1.0), CPU, PLAIN, "w", prepare)
     exchange(0, Z, Y)
     exchange(1, Z, Y)
     assert told == [(1, 0.5), (2, 0.5 + 0.25 + 2.0 + 0.5)]  # sending takes 0.5 s, the answer 2 s
