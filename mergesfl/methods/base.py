@@ -161,6 +161,7 @@ class Method:
     make_server: MakeServer
     work: Work
     splits: bool = True  # the workers train the bottom and exchange features; else the whole network, exchanging none
+    merges: bool = False  # the top takes the features of all workers as one batch (mergesfl: if method.merging)
 
 
 def copy_state(state: State) -> dict[str, Tensor]:

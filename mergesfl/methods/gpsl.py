@@ -49,4 +49,4 @@ class GPSLProgram(SplitProgram):
         return float(self._current_plan().batch_size_of(worker_id))
 
 
-METHOD = Method("a merged batch of fixed size, drawn from the pooled data sets (2024)", GPSLProgram, work)
+METHOD = Method("a merged batch of fixed size, drawn from the pooled data sets (2024)", GPSLProgram, work, merges=True)

@@ -77,4 +77,4 @@ class MergeSFLProgram(SplitProgram):
         return float(self._current_plan().batch_size_of(worker_id))
 
 
-METHOD = Method("feature merging and batch size regulation (ICDE 2024)", MergeSFLProgram, work)
+METHOD = Method("feature merging and batch size regulation (ICDE 2024)", MergeSFLProgram, work, merges=True)

@@ -119,4 +119,5 @@ METHOD = Method(
     "MergeSFL with what measured better: momentum, averaged models, a planner with time [ours]",
     MergeSFLPlusProgram,
     work,
+    merges=True,
 )

@@ -39,4 +39,6 @@ class MinibatchSFLProgram(UniformSplitProgram):
         return float(self._current_plan().batch_size_of(worker_id))
 
 
-METHOD = Method("feature merging alone, random workers with equal batches (2023)", MinibatchSFLProgram, work)
+METHOD = Method(
+    "feature merging alone, random workers with equal batches (2023)", MinibatchSFLProgram, work, merges=True
+)
