@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -212,4 +213,5 @@ def _link(
     try:
         yield
     except RuntimeError as error:
-        raise TransportError(f"{what} ({str(error).strip().partition(chr(10))[0]}): {next_step}") from error
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error)).partition("\n")[0]  # without the place in gloo's source
+        raise TransportError(f"{what} ({reason}): {next_step}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,12 +16,13 @@ from rich.console import Console
 
 from mergesfl.cluster import run_cluster
 from mergesfl.config import load_config
-from mergesfl.errors import ConfigError
+from mergesfl.errors import ConfigError, TransportError
 from mergesfl.methods import METHODS
 from mergesfl.runtime.checkpoint import load_checkpoint
 from mergesfl.runtime.process import StopFlag
 from ps.following import require_merging
 from ps.ranks import Ranks, is_follower, num_ranks, threads_of
+from ps.switchboard import InterruptedRunError
 from tests.processes import ROOT, SMALL, declared, free_port, is_alive, journal, kill_group, start, wait_until
 
 PATIENCE_SECONDS = 200.0
@@ -55,7 +58,11 @@ def pids_of_ranks(launcher: subprocess.Popen[bytes]) -> list[int]:
 def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
     yield started
-    for process in started:
+    for process in started:  # asked first: torchrun's children are in groups of their own
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
         kill_group(process)
 
 
@@ -134,6 +141,32 @@ def largest_difference(one: Path, other: Path) -> float:
     a, b = (load_checkpoint(folder / "checkpoints").tensors for folder in (one, other))
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def rank_that_dies(port: int) -> None:
+    os.environ.update(place_of_rank(1, port))
+    Ranks.join().open("cpu")
+    os._exit(1)
+
+
+def place_of_rank(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of two."""
+    facts = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {key: str(value) for key, value in facts.items()}
+
+
+def test_a_run_that_is_stopped_because_a_rank_died_says_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun then signals rank 0, which may be waiting for workers and has seen nothing yet."""
+    port = free_port()
+    other = multiprocessing.get_context("spawn").Process(target=rank_that_dies, args=(port,))
+    other.start()
+    for key, value in place_of_rank(0, port).items():
+        monkeypatch.setenv(key, value)
+    ranks = Ranks.join()
+    ranks.open("cpu")
+    other.join(60)
+    with pytest.raises(TransportError, match="a rank of the parameter server has ended"), ranks:
+        raise InterruptedRunError("stopped on request")
 
 
 def test_a_refused_run_ends_all_ranks_and_says_why_once(
