@@ -1,4 +1,7 @@
-"""`python -m ps`, the same as `mergesfl ps`: one parameter server; workers connect to it from anywhere."""
+"""`python -m ps`, the same as `mergesfl ps`: one parameter server; workers connect to it from anywhere.
+
+Under torchrun every rank runs this; rank 0 is the parameter server, the others share the work of its top.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from mergesfl.runtime.devices import set_threads
 from mergesfl.runtime.files import write_atomic
 from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
 from mergesfl.transport import bind as bind_to
+from ps.following import follow_run, lead, require_merging
 from ps.progress import Progress
+from ps.ranks import Ranks, is_follower, num_ranks, threads_of
 from ps.recorder import check_folder, prepare_folder
 from ps.run import serve, set_scene
 from ps.switchboard import InterruptedRunError
@@ -26,10 +31,15 @@ from ps.switchboard import InterruptedRunError
 LOCAL_PARTITION = "local"  # every worker brings its own data
 
 
-def serve_config(config: RunConfig, address: str, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
+def serve_config(
+    config: RunConfig, address: str, resume: bool, overwrite: bool, console: Console, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Runs one parameter server for workers that are started elsewhere; returns the summary."""
     if config.method.name == CENTRAL:
         raise ConfigError("the method 'central' has no workers: start it with `mergesfl run`")
+    if ranks is not None:
+        require_merging(config)
+        ranks.require_device(config.cluster.device)
     stop = StopFlag()
     stop.install()
 
@@ -39,13 +49,15 @@ def serve_config(config: RunConfig, address: str, resume: bool, overwrite: bool,
                 f"stopped on request; go on with --resume (the last closed round is in {config.run_folder}/checkpoints)"
             )
 
-    set_threads(config.cluster.ps_threads)
+    set_threads(threads_of(config.cluster.ps_threads))
     check_folder(config, resume, overwrite)
     progress = Progress(console)
     try:
         file = config.data.partition_file
         partition = LOCAL_PARTITION if file is None else load_partition(file).text
         scene = set_scene(config, partition, WallClock(), progress)
+        if ranks is not None:
+            lead(ranks, scene)
         endpoint = bind_to(address)
         folder = prepare_folder(config, resume)
         write_atomic(folder / "cluster.json", json.dumps({"address": endpoint.address}, indent=2).encode())
@@ -69,7 +81,13 @@ def parameter_server(
 
     def command() -> None:
         set_up_logging(log_level)
-        serve_config(load_config(config, settings or []), bind, resume, overwrite, Console())
+        if is_follower():
+            follow_run()
+        elif num_ranks() > 1:
+            with Ranks.join() as ranks:
+                serve_config(load_config(config, settings or []), bind, resume, overwrite, Console(), ranks)
+        else:
+            serve_config(load_config(config, settings or []), bind, resume, overwrite, Console())
 
     run_and_exit(command)
 

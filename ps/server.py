@@ -18,7 +18,7 @@ from torch import Tensor
 from mergesfl.config import RunConfig
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
-from mergesfl.errors import QuorumError
+from mergesfl.errors import QuorumError, TransportError
 from mergesfl.methods.base import ServerProgram, StreamingProgram, WorkerUpdate
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Update
@@ -98,7 +98,11 @@ class Server:
         self._begin_seconds = clock.now_seconds()
 
     def run(self, resume: bool) -> dict[str, Any]:
-        """All rounds; returns the summary. Raises QuorumError, InterruptedRunError; what is done is saved then."""
+        """All rounds; returns the summary.
+
+        Raises QuorumError, InterruptedRunError, and TransportError when a rank of the top is lost (ps/ranks.py); what
+        is done is saved then.
+        """
         config = self._config
         next_round = self._restore() if resume else 0
         self._recorder.open(next_round)
@@ -114,7 +118,7 @@ class Server:
                 self._recorder.record(record)
                 if self._recorder.is_checkpoint_due(next_round):
                     self._checkpoint(next_round, last_safe_state)
-        except (InterruptedRunError, QuorumError):
+        except (InterruptedRunError, QuorumError, TransportError):
             self._checkpoint(next_round, last_safe_state)
             raise
         wall_seconds = self._clock.now_seconds() - self._begin_seconds

@@ -44,7 +44,7 @@ def test_console_blocks_run_as_they_stand(fresh_folder: Path, script: str) -> No
 
 def test_there_are_the_three_paths_and_the_two_commands() -> None:
     assert set(BLOCKS) > SET_UP
-    assert len(SCRIPTS) == 4  # the third path has two: simulated, and on the real clock
+    assert len(SCRIPTS) == 5  # the second path has two: one rank, and two; the third: simulated, and on the real clock
 
 
 def test_listed_commands_print_what_they_promise() -> None:

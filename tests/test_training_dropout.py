@@ -144,3 +144,29 @@ def test_what_cannot_be_seeded_is_refused() -> None:
         SeededDropout(1.5)
     with pytest.raises(ConfigError, match="'row' is unknown"):
         SeededDropout(0.5, "row")
+
+
+@pytest.mark.parametrize("mask", ["element", "channel", "sample", "batch"])
+def test_rows_of_a_batch_get_the_masks_of_the_batch(mask: str) -> None:
+    whole, part = SeededDropout(0.5, mask), SeededDropout(0.5, mask)
+    x = torch.randn(7, 3, 4, 4)
+    for layer in (whole, part):
+        layer.reseed(5)
+    expected = [whole(x), whole(x)]
+    part.take_rows(2, 5, 7)
+    assert all(torch.equal(part(x[2:5]), y[2:5]) for y in expected)
+    with pytest.raises(MergeSFLError, match="got 4 rows, its shard of the batch has 3"):
+        part(x[:4])
+    part.take_all_rows()
+    assert torch.equal(part(x), whole(x))
+
+
+def test_an_unused_seed_can_be_handed_on() -> None:
+    layer = SeededDropout(0.5)
+    with pytest.raises(MergeSFLError, match="missing"):
+        layer.unused_seed()
+    layer.reseed(2**64 - 1)
+    assert layer.unused_seed() == 2**64 - 1
+    layer(torch.ones(2))
+    with pytest.raises(MergeSFLError, match="used up"):
+        layer.unused_seed()

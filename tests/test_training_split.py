@@ -321,3 +321,16 @@ def test_one_worker_equals_joint_training_to_the_bit(cut: str) -> None:
         assert step.loss_nats == float(loss.detach())
     joined = model.joined_state_dict()
     assert all(torch.equal(joined[key], value) for key, value in joint.state_dict().items())
+
+
+def test_a_stand_in_trains_and_neither_evaluates_nor_is_copied() -> None:
+    model = SplitModel(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), "0")
+    top = model.top
+    top.train_through(lambda x: 2 * top.compute(x))
+    z = torch.randn(4, 3)
+    expected = model.top.compute(z)
+    assert torch.equal(top.train()(z), 2 * expected)
+    assert torch.equal(copy.deepcopy(top)(z), expected)
+    assert torch.equal(copy.deepcopy(model).top(z), expected)
+    assert torch.equal(top.eval()(z), expected)
+    assert torch.equal(top.train()(z), 2 * expected)

@@ -184,6 +184,7 @@ class Method:
         make_server: the server's side.
         work: the worker's side.
         splits: the workers train the bottom and exchange features; else the whole network, exchanging none.
+        merges: the top takes the features of all workers as one batch (mergesfl: if method.merging).
         check_streaming: raises ConfigError where this network or these settings need all features of a step at once;
             None: the method always does, or exchanges none. With it, `make_server` makes a StreamingProgram.
     """
@@ -192,6 +193,7 @@ class Method:
     make_server: MakeServer
     work: Work
     splits: bool = True
+    merges: bool = False
     check_streaming: CheckStreaming | None = None
 
 

@@ -53,5 +53,6 @@ METHOD = Method(
     "a merged batch of fixed size, drawn from the pooled data sets (2024)",
     GPSLProgram,
     work,
+    merges=True,
     check_streaming=check_streaming_merge,
 )

@@ -87,5 +87,6 @@ METHOD = Method(
     "feature merging and batch size regulation (ICDE 2024)",
     MergeSFLProgram,
     work,
+    merges=True,
     check_streaming=check_streaming,
 )

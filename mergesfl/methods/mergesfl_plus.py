@@ -119,5 +119,6 @@ METHOD = Method(
     "MergeSFL with what measured better: momentum, averaged models, a planner with time [ours]",
     MergeSFLPlusProgram,
     work,
+    merges=True,
     check_streaming=check_streaming,
 )

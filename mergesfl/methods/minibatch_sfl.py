@@ -43,5 +43,6 @@ METHOD = Method(
     "feature merging alone, random workers with equal batches (2023)",
     MinibatchSFLProgram,
     work,
+    merges=True,
     check_streaming=check_streaming_merge,
 )

@@ -81,4 +81,4 @@ class SCALAProgram(SplitProgram):
         return float(self._num_samples[worker_id])
 
 
-METHOD = Method("feature merging with logit-adjusted losses (2024)", SCALAProgram, work)
+METHOD = Method("feature merging with logit-adjusted losses (2024)", SCALAProgram, work, merges=True)

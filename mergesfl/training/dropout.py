@@ -54,11 +54,30 @@ class SeededDropout(nn.Module):
         self.mask = mask
         self._seed: int | None = None
         self._generator: torch.Generator | None = None
+        self._shard: tuple[int, int, int] | None = None
 
     def reseed(self, seed: int) -> None:
         """Starts the stream of masks of this seed (any non-negative integer below 2**64) from its beginning."""
         self._seed = seed
         self._generator = None
+
+    def unused_seed(self) -> int:
+        """The seed, of which no mask has been drawn. Raises MergeSFLError: not seeded since the last forward."""
+        if self._seed is None or self._generator is not None:
+            raise MergeSFLError(
+                "a SeededDropout is shared by several processes, and its seed is "
+                f"{'missing' if self._seed is None else 'used up'}: call mergesfl.training.dropout.seed_dropout(model, "
+                "seed) before every forward"
+            )
+        return self._seed
+
+    def take_rows(self, begin: int, end: int, num_rows: int) -> None:
+        """From now on inputs are rows begin..end of a batch of num_rows: masks are drawn for all of it."""
+        self._shard = (begin, end, num_rows)
+
+    def take_all_rows(self) -> None:
+        """Ends `take_rows`."""
+        self._shard = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(d, F...) -> (d, F...)."""
@@ -66,9 +85,12 @@ class SeededDropout(nn.Module):
             return x
         keep = 1.0 - self.p
         own_dims = _MASK_DIMS[self.mask]
-        own = x.shape if own_dims is None else x.shape[:own_dims]
-        mask = torch.empty(*own, *(1 for _ in x.shape[len(own) :]), device=x.device, dtype=x.dtype)  # broadcasts to x
+        batch = self._batch_shape(x)
+        own = batch if own_dims is None else batch[:own_dims]
+        mask = torch.empty(*own, *(1 for _ in x.shape[len(own) :]), device=x.device, dtype=x.dtype)
         mask.bernoulli_(keep, generator=self._stream(x.device))
+        if self._shard is not None and own:
+            mask = mask[self._shard[0] : self._shard[1]]  # broadcasts to x
         if keep > 0.0:
             mask.div_(keep)
         return x * mask
@@ -76,6 +98,18 @@ class SeededDropout(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
         return f"p={self.p}, mask={self.mask}"
+
+    def _batch_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of the batch of which x is a part, or the whole."""
+        if self._shard is None:
+            return tuple(x.shape)
+        begin, end, num_rows = self._shard
+        if x.shape[0] != end - begin:
+            raise MergeSFLError(
+                f"a SeededDropout got {x.shape[0]} rows, its shard of the batch has {end - begin}: a layer before it "
+                "folds other dimensions into the batch; start the parameter server with one rank"
+            )
+        return (num_rows, *x.shape[1:])
 
     def _stream(self, device: torch.device) -> torch.Generator:
         if self._seed is None:

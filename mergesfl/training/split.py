@@ -34,10 +34,27 @@ class Half(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._forwards: dict[bool, Callable[[nn.Module, Tensor], Tensor]] = {}
+        self._stand_in: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Bottom: (d, sample...) -> (d, F...). Top: (d, F...) -> (d, C)."""
+        if self.training and self._stand_in is not None:
+            return self._stand_in(x)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The same, always by the modules of this half."""
         return self._forwards[self.training](self, x)
+
+    def train_through(self, stand_in: Callable[[Tensor], Tensor]) -> None:
+        """From now on `stand_in` is the forward in training mode, differentiable in x and in all parameters.
+
+        Evaluation is not changed, and a copy of this half computes by itself.
+        """
+        self._stand_in = stand_in
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stand_in": None}
 
 
 class SplitModel(nn.Module):
