@@ -26,6 +26,7 @@ from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker, RoundRecord
 from mergesfl.seeding import generator_for
 from mergesfl.training.evaluation import Evaluation
+from mergesfl.training.finite import all_finite
 from mergesfl.training.schedule import learning_rate
 from mergesfl.training.split import SplitModel
 from ps.exchange import Arrival, RoundExchange
@@ -210,7 +211,7 @@ class Server:
                 gradients = program.merge(step, arrived)
                 num_merged = sum(len(one.labels) for one in arrived)
                 self._charge(num_merged)
-                if not all(_is_finite(gradient) for gradient in gradients):
+                if not all(all_finite(gradient) for gradient in gradients):
                     raise InfiniteRoundError(f"a gradient of step {step} is not finite")
                 exchange.scatter_gradients(step, gradients, received_seconds)
                 num_samples_trained += num_merged
@@ -220,7 +221,7 @@ class Server:
             train_loss_nats = program.close(worker_updates)
             if not math.isfinite(train_loss_nats or 0.0):
                 raise InfiniteRoundError(f"the training loss is {train_loss_nats}")
-            if not all(_is_finite(tensor) for tensor in program.network.joined_state_dict().values()):
+            if not all(all_finite(tensor) for tensor in program.network.joined_state_dict().values()):
                 raise InfiniteRoundError("the model is not finite")
         except (VoidRoundError, InterruptedRunError) as end:
             if isinstance(end, InfiniteRoundError):
@@ -276,10 +277,6 @@ class Server:
         if left < needed:
             kind = InfiniteRoundError if exchange.not_finite else VoidRoundError
             raise kind(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def _worker_updates(arrivals: dict[str, Arrival]) -> list[WorkerUpdate]:

@@ -100,8 +100,8 @@ def merged_step(
     optimizer.step()
     assert merged.grad is not None
     num_merged = sum(sizes)
-    slices = torch.split(merged.grad, sizes)  # (d_i, F...) each
-    return MergedStep([s * (num_merged / d) for s, d in zip(slices, sizes, strict=True)], float(loss.detach()))
+    slices = torch.split(merged.grad, sizes)  # (d_i, F...) each, views of one buffer that is new in every step
+    return MergedStep([s.mul_(num_merged / d) for s, d in zip(slices, sizes, strict=True)], float(loss.detach()))
 
 
 def single_step(top: nn.Module, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> SingleStep:
