@@ -12,7 +12,8 @@ SEEDS ?=
 METHODS ?=
 JOBS ?= 0
 
-.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-simulation bench-throttled clean
+.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-simulation bench-throttled bench-floor \
+	bench-transport bench-load clean
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -64,6 +65,15 @@ bench-simulation: $(BIN)/.ready  ## what the simulation costs beside the computi
 
 bench-throttled: $(BIN)/.ready  ## ten throttled processes against their simulation: seconds of every round of both
 	$(BIN)/python -m benchmarks.micro.throttled --out $(RUNS)/throttled
+
+bench-floor: $(BIN)/.ready  ## memory, ipc and tcp runs against the same steps in plain torch: HAR, M5, AlexNet (DATA=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.against_floor --data $(DATA)
+
+bench-transport: $(BIN)/.ready  ## round trips of our protocol against bare pyzmq, pickle and gRPC, 4 KiB to 16 MiB
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.roundtrips
+
+bench-load: $(BIN)/.ready  ## one parameter server under 10 to 400 live workers that replay features
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.load
 
 clean:  ## remove .venv, caches and builds (runs/ stays)
 	rm -rf .venv build dist *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -17,7 +17,7 @@ from mergesfl.errors import MergeSFLError, RemoteProtocolError
 from mergesfl.methods.base import MAY_OMIT_TENSORS, Setting, State, StepFeatures
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
-from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensor
+from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensors
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
 from ps.fleet import Fleet, Member
@@ -110,13 +110,11 @@ class RoundExchange:
         self._step, self._magnitudes = step, {}
         arrivals = self._gather(Features, self._step_deadline_seconds)
         self._outliers.note(self._magnitudes)
-        features, received_seconds = [], {}
-        for name in self._active:
-            message = arrivals[name].message
-            assert isinstance(message, Features), "gathered by kind"
-            features.append(StepFeatures(name, to_tensor(message.features, device), to_tensor(message.labels, device)))
-            received_seconds[name] = arrivals[name].received_seconds
-        return features, received_seconds
+        messages = [arrivals[name].message for name in self._active]
+        features = to_tensors([one.features for one in messages if isinstance(one, Features)], device)  # (d_i, F...)
+        labels = to_tensors([one.labels for one in messages if isinstance(one, Features)], device)  # (d_i,)
+        arrived = [StepFeatures(*one) for one in zip(self._active, features, labels, strict=True)]
+        return arrived, {name: arrivals[name].received_seconds for name in self._active}
 
     def scatter_gradients(
         self, step: int, gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]
