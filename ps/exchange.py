@@ -65,7 +65,10 @@ class RoundExchange:
     ) -> None:
         self._wire_round = wire_round(plan.round_num, attempt)
         self._plan = plan
+        self._batch_sizes = dict(zip(plan.worker_ids, plan.batch_sizes, strict=True))
         self._switchboard = switchboard
+        self._fleet = fleet
+        self._num_removed = -1  # of the fleet, when somebody was last looked for who is gone
         self._clock = clock
         self._feature_shape = feature_shape
         self._num_classes = num_classes
@@ -97,7 +100,7 @@ class RoundExchange:
             self._assigned[name] = arrays
             if settings[name].get(MAY_OMIT_TENSORS) is True:
                 self._may_omit.add(name)
-            batch_size = plan.batch_size_of(name)
+            batch_size = self._batch_sizes[name]
             assign = Assign(
                 self._wire_round, plan.num_steps, plan.num_exchanges, batch_size, method, dict(settings[name]), arrays
             )
@@ -156,14 +159,18 @@ class RoundExchange:
     def _gather(self, kind: type[Features] | type[Update], deadline_seconds: float) -> dict[str, Arrival]:
         """Receives until all active workers have answered or the deadline has passed; drops those who have not."""
         arrivals: dict[str, Arrival] = {}
+        waiting = dict(self._active)
 
-        def missing() -> list[Member]:
-            self._prune()
-            return [member for name, member in self._active.items() if name not in arrivals]
+        def missing() -> list[Member]:  # at every message: little work, however many workers there are
+            if self._prune():
+                for name in waiting.keys() - self._active.keys():
+                    del waiting[name]
+            return list(waiting.values())
 
         def take(member: Member, message: RoundMessage) -> None:
             if self._active.get(member.worker_id) is member and isinstance(message, kind):
                 self._take(member, message, arrivals)
+                waiting.pop(member.worker_id, None)  # it has arrived, or is out of the round
 
         wait_for_answers(self._switchboard, self._clock, deadline_seconds, missing, take)
         for member in missing():
@@ -182,7 +189,7 @@ class RoundExchange:
 
     def _check(self, member: Member, message: Features | Update) -> None:
         """Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use."""
-        name, batch_size = member.worker_id, self._plan.batch_size_of(member.worker_id)
+        name, batch_size = member.worker_id, self._batch_sizes[member.worker_id]
         if isinstance(message, Update):
             expected_samples = batch_size * self._plan.num_steps
             if message.num_samples != expected_samples:
@@ -250,9 +257,13 @@ class RoundExchange:
         if self._switchboard.send(member, Release(self._wire_round, reason)):
             member.silent = True
 
-    def _prune(self) -> None:
-        """Takes the workers that are gone out of the round."""
-        for name, member in list(self._active.items()):
-            if member.gone_reason is not None:
-                del self._active[name]
-                self.dropped.append(DroppedWorker(name, self._step, member.gone_reason))
+    def _prune(self) -> bool:
+        """Takes the workers that are gone out of the round; whether there was one."""
+        if self._fleet.num_removed == self._num_removed:
+            return False
+        self._num_removed = self._fleet.num_removed
+        gone = [(name, member.gone_reason) for name, member in self._active.items() if member.gone_reason is not None]
+        for name, reason in gone:
+            del self._active[name]
+            self.dropped.append(DroppedWorker(name, self._step, reason))
+        return bool(gone)

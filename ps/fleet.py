@@ -63,6 +63,7 @@ class Fleet:
     by_id: dict[str, Member] = field(default_factory=dict)
     known_label_counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     participations: dict[str, int] = field(default_factory=dict)
+    num_removed: int = 0  # sessions that have ended: as long as it stands still, nobody is newly gone
 
     @property
     def num_classes(self) -> int:
@@ -123,6 +124,7 @@ class Fleet:
     def remove(self, member: Member, reason: str) -> None:
         """Takes a worker out; what is known of it stays."""
         member.gone_reason = member.gone_reason or reason
+        self.num_removed += 1
         self.by_peer.pop(member.peer, None)
         if self.by_id.get(member.worker_id) is member:
             del self.by_id[member.worker_id]
