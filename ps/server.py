@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -280,9 +281,11 @@ class Server:
 
 
 def _worker_updates(arrivals: dict[str, Arrival]) -> list[WorkerUpdate]:
+    """The trained states as tensors; what arrived lets go of its arrays one by one, so no state is held twice."""
     updates = []
     for name, arrival in arrivals.items():
         message = arrival.message
         assert isinstance(message, Update), "gathered by kind"
         updates.append(WorkerUpdate(name, arrays_to_state(message.state), message.num_samples, message.metrics))
+        arrivals[name] = replace(arrival, message=replace(message, state={}))
     return updates
