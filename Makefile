@@ -12,8 +12,9 @@ SEEDS ?=
 METHODS ?=
 JOBS ?= 0
 
-.PHONY: help demo test cover lint types layers check bench-planner bench-har bench-compare bench-paper bench-codecs bench-simulation \
-	bench-streaming bench-throttled clean
+.PHONY: help demo test cover lint types layers check clean
+.PHONY: bench-planner bench-har bench-compare bench-paper bench-codecs bench-simulation bench-streaming bench-throttled
+.PHONY: bench-floor bench-transport bench-load
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -73,6 +74,15 @@ bench-streaming: $(BIN)/.ready  ## barrier against streaming merge: 80 simulated
 
 bench-throttled: $(BIN)/.ready  ## ten throttled processes against their simulation: seconds of every round of both
 	$(BIN)/python -m benchmarks.micro.throttled --out $(RUNS)/throttled
+
+bench-floor: $(BIN)/.ready  ## memory, ipc and tcp runs against the same steps in plain torch: HAR, M5, AlexNet (DATA=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.against_floor --data $(DATA)
+
+bench-transport: $(BIN)/.ready  ## round trips of our protocol against bare pyzmq, pickle and gRPC, 4 KiB to 16 MiB
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.roundtrips
+
+bench-load: $(BIN)/.ready  ## one parameter server under 10 to 400 live workers that replay features
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.load
 
 clean:  ## remove .venv, caches and builds (runs/ stays)
 	rm -rf .venv build dist *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -18,7 +18,7 @@ from mergesfl.methods.base import MAY_OMIT_TENSORS, Setting, State, StepFeatures
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
-from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensor
+from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensors
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
 from ps.fleet import Fleet, Member
@@ -68,7 +68,10 @@ class RoundExchange:
     ) -> None:
         self._wire_round = wire_round(plan.round_num, attempt)
         self._plan = plan
+        self._batch_sizes = dict(zip(plan.worker_ids, plan.batch_sizes, strict=True))
         self._switchboard = switchboard
+        self._fleet = fleet
+        self._num_removed = -1  # of the fleet, when somebody was last looked for who is gone
         self._clock = clock
         self._feature_shape = feature_shape
         self._num_classes = num_classes
@@ -105,7 +108,7 @@ class RoundExchange:
             self._assigned[name], plain, parts = sent_of[id(state)]
             if settings[name].get(MAY_OMIT_TENSORS) is True:
                 self._may_omit.add(name)
-            batch_size = plan.batch_size_of(name)
+            batch_size = self._batch_sizes[name]
             assign = Assign(
                 self._wire_round,
                 plan.num_steps,
@@ -125,8 +128,7 @@ class RoundExchange:
         self._step, self._magnitudes = step, {}
         arrivals = self._gather(Features, self._step_deadline_seconds, {})
         self._outliers.note(self._magnitudes)
-        features = [self._step_features(name, arrivals[name], device) for name in self._active]
-        return features, {name: arrivals[name].received_seconds for name in self._active}
+        return self._step_features({name: arrivals[name] for name in self._active}, device)
 
     def scatter_gradients(
         self, step: int, gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]
@@ -163,11 +165,15 @@ class RoundExchange:
                 self._switchboard.send(member, Release(self._wire_round, clipped(reason)))
         self._active = {}
 
-    def _step_features(self, name: str, arrival: Arrival, device: torch.device) -> StepFeatures:
-        """What a worker sent, on the device of the top."""
-        message = arrival.message
-        assert isinstance(message, Features), "gathered by kind"
-        return StepFeatures(name, to_tensor(message.features, device), to_tensor(message.labels, device))
+    def _step_features(
+        self, arrivals: Mapping[str, Arrival], device: torch.device
+    ) -> tuple[list[StepFeatures], dict[str, float]]:
+        """What these workers sent, in this order, on the device of the top, and when each was received."""
+        messages = [arrival.message for arrival in arrivals.values()]
+        features = to_tensors([one.features for one in messages if isinstance(one, Features)], device)  # (d_i, F...)
+        labels = to_tensors([one.labels for one in messages if isinstance(one, Features)], device)  # (d_i,)
+        arrived = [StepFeatures(*one) for one in zip(arrivals, features, labels, strict=True)]
+        return arrived, {name: arrival.received_seconds for name, arrival in arrivals.items()}
 
     def _answer(self, name: str, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
         """Sends one worker its gradient (d_i, F...)."""
@@ -187,14 +193,18 @@ class RoundExchange:
 
         `arrivals` holds those who have answered before, and is added to.
         """
+        waiting = {name: member for name, member in self._active.items() if name not in arrivals}
 
-        def missing() -> list[Member]:
-            self._prune()
-            return [member for name, member in self._active.items() if name not in arrivals]
+        def missing() -> list[Member]:  # at every message: little work, however many workers there are
+            if self._prune():
+                for name in waiting.keys() - self._active.keys():
+                    del waiting[name]
+            return list(waiting.values())
 
         def take(member: Member, message: RoundMessage) -> None:
             if self._active.get(member.worker_id) is member and isinstance(message, kind):
                 self._take(member, message, arrivals)
+                waiting.pop(member.worker_id, None)  # it has arrived, or is out of the round
 
         wait_for_answers(self._switchboard, self._clock, deadline_seconds, missing, take)
         for member in missing():
@@ -217,13 +227,13 @@ class RoundExchange:
         try:
             if isinstance(message, Update):
                 return self._codecs.decode_update(message)
-            return self._codecs.decode_features(message, (self._plan.batch_size_of(name), *self._feature_shape))
+            return self._codecs.decode_features(message, (self._batch_sizes[name], *self._feature_shape))
         except RemoteProtocolError as error:
             raise RemoteProtocolError(f"worker '{name}' {error}") from None
 
     def _check(self, member: Member, message: Features | Update) -> None:
         """Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use."""
-        name, batch_size = member.worker_id, self._plan.batch_size_of(member.worker_id)
+        name, batch_size = member.worker_id, self._batch_sizes[member.worker_id]
         if isinstance(message, Update):
             expected_samples = batch_size * self._plan.num_steps
             if message.num_samples != expected_samples:
@@ -285,9 +295,13 @@ class RoundExchange:
         if self._switchboard.send(member, Release(self._wire_round, reason)):
             member.silent = True
 
-    def _prune(self) -> None:
-        """Takes the workers that are gone out of the round."""
-        for name, member in list(self._active.items()):
-            if member.gone_reason is not None:
-                del self._active[name]
-                self.dropped.append(DroppedWorker(name, self._step_of(name), member.gone_reason))
+    def _prune(self) -> bool:
+        """Takes the workers that are gone out of the round; whether there was one."""
+        if self._fleet.num_removed == self._num_removed:
+            return False
+        self._num_removed = self._fleet.num_removed
+        gone = [(name, member.gone_reason) for name, member in self._active.items() if member.gone_reason is not None]
+        for name, reason in gone:
+            del self._active[name]
+            self.dropped.append(DroppedWorker(name, self._step_of(name), reason))
+        return bool(gone)

@@ -64,6 +64,7 @@ class Fleet:
     known_label_counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     participations: dict[str, int] = field(default_factory=dict)
     _not_ready: dict[bytes, Member] = field(default_factory=dict)  # by peer; a part of by_peer
+    num_removed: int = 0  # sessions that have ended: as long as it stands still, nobody is newly gone
 
     @property
     def num_classes(self) -> int:
@@ -135,6 +136,7 @@ class Fleet:
     def remove(self, member: Member, reason: str) -> None:
         """Takes a worker out; what is known of it stays."""
         member.gone_reason = member.gone_reason or reason
+        self.num_removed += 1
         self.by_peer.pop(member.peer, None)
         self._not_ready.pop(member.peer, None)
         if self.by_id.get(member.worker_id) is member:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mergesfl.methods.base import ServerProgram, StepFeatures, StreamingProgram
+from mergesfl.training.finite import all_finite
 from ps.exchange import RoundExchange
 from ps.streaming import StreamingExchange
 from ps.void import InfiniteRoundError
@@ -99,7 +100,7 @@ def _num_samples(arrived: Sequence[StepFeatures]) -> int:
 
 
 def _are_finite(gradients: Sequence[torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    return all(all_finite(gradient) for gradient in gradients)
 
 
 def _infinite(step: int) -> InfiniteRoundError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker, RoundRecord
 from mergesfl.seeding import generator_for
 from mergesfl.training.evaluation import Evaluation
+from mergesfl.training.finite import all_finite
 from mergesfl.training.schedule import learning_rate
 from mergesfl.training.split import SplitModel
 from ps.exchange import Arrival, RoundExchange
@@ -216,7 +218,7 @@ class Server:
             train_loss_nats = program.close(worker_updates)
             if not math.isfinite(train_loss_nats or 0.0):
                 raise InfiniteRoundError(f"the training loss is {train_loss_nats}")
-            if not all(_is_finite(tensor) for tensor in program.network.joined_state_dict().values()):
+            if not all(all_finite(tensor) for tensor in program.network.joined_state_dict().values()):
                 raise InfiniteRoundError("the model is not finite")
         except (VoidRoundError, InterruptedRunError) as end:
             if isinstance(end, InfiniteRoundError):
@@ -290,14 +292,12 @@ class Server:
             raise kind(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
 def _worker_updates(arrivals: dict[str, Arrival]) -> list[WorkerUpdate]:
+    """The trained states as tensors; what arrived lets go of its arrays one by one, so no state is held twice."""
     updates = []
     for name, arrival in arrivals.items():
         message = arrival.message
         assert isinstance(message, Update), "gathered by kind"
         updates.append(WorkerUpdate(name, arrays_to_state(message.state), message.num_samples, message.metrics))
+        arrivals[name] = replace(arrival, message=replace(message, state={}))
     return updates

@@ -64,8 +64,7 @@ class StreamingExchange(RoundExchange):
         for name in arrivals:
             self._taken.add(name)
             self._step_magnitudes[name] = self._magnitudes[name]  # a worker that waits has sent nothing since
-        features = [self._step_features(name, arrival, device) for name, arrival in arrivals.items()]
-        return features, {name: arrival.received_seconds for name, arrival in arrivals.items()}
+        return self._step_features(arrivals, device)
 
     def answer_group(
         self, group: Sequence[StepFeatures], gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergesfl.errors import ConfigError
-from mergesfl.runtime.arrays import arrays_to_state, state_to_arrays, to_array, to_tensor
+from mergesfl.runtime.arrays import arrays_to_state, state_to_arrays, to_array, to_tensor, to_tensors
 
 CPU = torch.device("cpu")
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -83,3 +83,23 @@ def test_states_keep_names_and_order() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
     state["b"] += 1
     assert torch.equal(back["b"], torch.ones(2))
+
+
+def test_many_arrays_become_slices_of_one_tensor_in_their_order() -> None:
+    arrays = [np.full((d, 16), d, np.float32) for d in (2, 1, 3)]
+    for array in arrays:
+        array.flags.writeable = False
+    tensors = to_tensors(arrays, CPU)
+    assert [tensor.tolist() for tensor in tensors] == [array.tolist() for array in arrays]
+    begin = tensors[0].data_ptr()
+    assert [tensor.data_ptr() - begin for tensor in tensors] == [0, 2 * 64, 3 * 64]
+    assert begin % 64 == 0
+    tensors[0].zero_()
+    assert arrays[0].min() == 2.0
+    assert to_tensors([], CPU) == []
+
+
+def test_a_slice_that_would_not_be_aligned_has_memory_of_its_own() -> None:
+    tensors = to_tensors([np.ones((1, 15), np.float32), np.ones((2, 15), np.float32)], CPU)
+    assert [tensor.data_ptr() % 64 for tensor in tensors] == [0, 0]
+    assert tensors[0].untyped_storage().data_ptr() != tensors[1].untyped_storage().data_ptr()

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.training.aggregation import weighted_mean
-from mergesfl.training.merging import merge_features, merged_step, single_step
+from mergesfl.training.merging import joined, merge_features, merged_step, single_step
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.split import SplitModel
 
@@ -109,6 +109,37 @@ def test_merging_keeps_the_plan_order() -> None:
     assert targets.tolist() == [0, 0, 1, 2, 2, 2]
     assert merged[:, 0].tolist() == [0.0, 0.0, 1.0, 2.0, 2.0, 2.0]
     assert merged.data_ptr() != features[0].data_ptr()
+
+
+def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
+    whole = torch.arange(48.0).reshape(6, 2, 4)
+    parts = list(torch.split(whole, [2, 1, 3]))
+    assert torch.equal(joined(parts), whole) and joined(parts).data_ptr() == whole.data_ptr()
+    assert joined(parts[1:]).data_ptr() == parts[1].data_ptr()
+    assert torch.equal(joined(parts[1:]), whole[2:])
+
+
+@pytest.mark.parametrize("order", [(0, 2), (1, 0), (0, 0), (2, 1)])
+def test_slices_in_another_order_or_with_gaps_are_copied(order: tuple[int, int]) -> None:
+    parts = torch.split(torch.arange(48.0).reshape(6, 8), 2)
+    chosen = [parts[index] for index in order]
+    assert torch.equal(joined(chosen), torch.cat(chosen))
+    assert joined(chosen).data_ptr() not in [part.data_ptr() for part in parts]
+    columns = list(torch.split(torch.arange(48.0).reshape(6, 8), 4, dim=1))
+    assert torch.equal(joined(columns), torch.cat(columns))
+
+
+def test_a_step_on_slices_of_one_tensor_equals_one_on_copies_to_the_bit() -> None:
+    torch.manual_seed(0)
+    whole, labels = torch.randn(sum(SIZES), 16), torch.randint(0, 3, (sum(SIZES),))
+    top, twin = nn.Linear(16, 3), nn.Linear(16, 3)
+    twin.load_state_dict(top.state_dict())
+    slices, targets = torch.split(whole, SIZES), torch.split(labels, SIZES)
+    one = merged_step(top, make_sgd(top.parameters(), RATE), slices, targets)
+    two = merged_step(twin, make_sgd(twin.parameters(), RATE), [z.clone() for z in slices], targets)
+    assert torch.equal(top.weight, twin.weight) and one.loss_nats == two.loss_nats
+    assert all(torch.equal(g, h) for g, h in zip(one.gradients, two.gradients, strict=True))
+    assert not whole.requires_grad
 
 
 def test_by_hand_in_float32() -> None:

@@ -1,15 +1,14 @@
 """What the simulation costs beside the computing itself, and how far it scales.
 
 python -m benchmarks.micro.simulation --dataset har:PATH
-1. Worker-steps per second of a simulated run, and its ratio to the pure compute of the same steps: the same bottoms,
-   top, batches and steps back to back in this process, without messages, clock, sessions or checks. Both are measured
-   in turns in one process, in seconds of CPU time of one thread (others may use the machine), medians over the repeats.
+1. Worker-steps per second of a simulated run, and its ratio to the floor (benchmarks/micro/floor.py): the same rounds
+   back to back in this process, without messages, clock, sessions or checks. Both are measured in turns in one process,
+   in seconds of CPU time of one thread (others may use the machine), medians over the repeats.
 2. 10,000 simulated workers, 100 chosen per round: seconds per round, memory.
 """
 
 from __future__ import annotations
 
-import functools
 import resource
 import statistics
 import tempfile
@@ -22,18 +21,15 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.micro.against_floor import measure_floor
+from benchmarks.micro.cpu import UNCOUNTED_ROUNDS, RoundMarks, counted
 from mergesfl.config import RunConfig, load_config
 from mergesfl.data import load_dataset
 from mergesfl.data.dataset import Dataset
-from mergesfl.data.sampling import Batches
-from mergesfl.models import build_model
 from mergesfl.runtime.journal import read_journal
 from mergesfl.runtime.process import StopFlag
+from mergesfl.simulation.fleet import with_fleet
 from mergesfl.simulation.run import simulate
-from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.merging import merged_step
-from mergesfl.training.placement import place
-from mergesfl.training.schedule import make_sgd
 
 BATCH_SIZE = 16
 NUM_STEPS = 10
@@ -65,51 +61,25 @@ def simulated_seconds(config: RunConfig) -> tuple[float, int]:
     return marks[-1] - marks[0], sum(len(line["finished_worker_ids"]) for line in lines) * NUM_STEPS
 
 
-def pure_seconds(dataset: Dataset, batch_sizes: list[list[int]]) -> float:
-    """CPU seconds of the same steps back to back: batches drawn, bottoms, merged step, bottoms again, optimisers."""
-    num_workers = max(len(sizes) for sizes in batch_sizes)
-    cpu = torch.device("cpu")
-    build = functools.partial(build_model, "cnn", None, dataset.sample_shape, dataset.num_classes, 0)
-    models = [place(build(), cpu) for _ in range(num_workers)]
-    top = models[0].top
-    generator = np.random.default_rng(0)
-    begin_seconds = time.process_time()
-    for sizes in batch_sizes:
-        workers = list(zip(models, sizes, strict=False))
-        streams = [Batches(dataset.train.x, dataset.train.y, d, generator, dataset.scale, True) for _, d in workers]
-        optimizers = [make_sgd(model.bottom.parameters(), 0.01) for model, _ in workers]
-        top_optimizer = make_sgd(top.parameters(), 0.01)
-        for step in range(NUM_STEPS):
-            seed_dropout(top, step)
-            drawn = [next(stream) for stream in streams]  # x (d, *sample), y (d,)
-            features = [model.bottom(x) for (model, _), (x, _) in zip(workers, drawn, strict=True)]  # (d, F...)
-            merged = merged_step(top, top_optimizer, features, [y for _, y in drawn])
-            for z, gradient, optimizer in zip(features, merged.gradients, optimizers, strict=True):
-                optimizer.zero_grad(set_to_none=True)
-                z.backward(gradient)
-                optimizer.step()
-    return time.process_time() - begin_seconds
-
-
 def measure_overhead(dataset_name: str, num_rounds: int, num_repeats: int) -> None:
     """Part 1."""
-    dataset = load_dataset(dataset_name)
     ratios, rates = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(num_repeats):
             settings = base_settings(dataset_name, folder, f"overhead-{repeat}")
-            settings += [f"training.num_rounds={num_rounds}", f"control.participants_per_round={NUM_PARTICIPANTS}"]
-            settings += [f"training.evaluate_every_rounds={num_rounds}", "output.checkpoint_every_rounds=1000"]
-            # the last round is evaluated and saved after the last message of a round, so neither is counted
-            config = load_config(None, [*settings, "data.partition=iid"])
-            seconds, worker_steps = simulated_seconds(config)
-            sizes = [line["batch_sizes"] for line in read_journal(config.run_folder / "journal.jsonl")]
-            pure = pure_seconds(dataset, sizes)
-            ratios.append(seconds / pure)
-            rates.append(worker_steps / seconds)
-            print(f"repeat {repeat + 1}: simulated {seconds:.2f} s, pure compute {pure:.2f} s, {seconds / pure:.3f}")
+            settings += [f"training.num_rounds={num_rounds + UNCOUNTED_ROUNDS}", "data.partition=iid"]
+            settings += [f"control.participants_per_round={NUM_PARTICIPANTS}"]
+            settings += ["training.evaluate_every_rounds=1000", "output.checkpoint_every_rounds=1000"]
+            config = with_fleet(load_config(None, settings))
+            marks = RoundMarks(config.run_folder / "journal.jsonl", list)
+            simulate(config, False, True, Console(quiet=True), marks)
+            seconds = counted(marks.marks, config.training.num_rounds).cpu_seconds
+            floor = measure_floor(config)[0].cpu_seconds
+            ratios.append(seconds / floor)
+            rates.append(num_rounds * NUM_STEPS * NUM_PARTICIPANTS / seconds)
+            print(f"repeat {repeat + 1}: simulated {seconds:.2f} s, floor {floor:.2f} s, {seconds / floor:.3f}")
     print(f"\nworker-steps per second, median: {statistics.median(rates):.0f}")
-    print(f"simulated / pure compute, median of {num_repeats}: {statistics.median(ratios):.3f}")
+    print(f"simulated / floor, median of {num_repeats}: {statistics.median(ratios):.3f}")
 
 
 def repeated(dataset: Dataset, folder: Path, num_samples: int) -> str:

@@ -22,7 +22,7 @@ import msgpack
 import numpy as np
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
-from mergesfl.protocol.arrays import checked, lent, viewed
+from mergesfl.protocol.arrays import checked, dtype_name, lent, viewed
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
@@ -74,6 +74,10 @@ KINDS: Mapping[str, type[Message]] = {
 _KIND_OF = {record: kind for kind, record in KINDS.items()}
 
 _FIELDS = {kind: [field.name for field in record_fields(record)] for kind, record in KINDS.items()}
+# Of these, what stands in the header: neither one tensor nor a mapping to tensors.
+_PLAIN_FIELDS = {
+    kind: [name for name in names if name not in ARRAY_FIELDS | STATE_FIELDS] for kind, names in _FIELDS.items()
+}
 
 
 def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
@@ -120,8 +124,8 @@ def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
     tensors: list[Frame] = []
 
     def add(field: str, key: str, array: object) -> None:
-        plain = checked(f"{field} {key}".strip(), array, limits)
-        specs.append((field, key, plain.dtype.name, plain.shape))
+        plain = checked(f"{field} {key}" if key else field, array, limits)
+        specs.append((field, key, dtype_name(plain.dtype), plain.shape))
         tensors.append(lent(plain))
 
     for field in _FIELDS[kind]:
@@ -145,7 +149,7 @@ def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
 def _decode(frames: list[memoryview], limits: Limits) -> Message:
     _check_sizes(frames, limits)
     kind, values, specs = _parsed(frames[0], limits)
-    expected = [field for field in _FIELDS[kind] if field not in ARRAY_FIELDS | STATE_FIELDS]
+    expected = _PLAIN_FIELDS[kind]
     if values.keys() != set(expected):
         odd = sorted(map(shown, values.keys() ^ set(expected)))[:4]
         raise IllegalValue(f"{kind} with missing or unknown fields {', '.join(odd)}; expected {expected}")
@@ -156,13 +160,13 @@ def _decode(frames: list[memoryview], limits: Limits) -> Message:
     for spec, frame in zip(specs, frames[1:], strict=True):
         if type(spec) is not list or len(spec) != 4:
             raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape]")
-        field, key, dtype_name, dimensions = spec
+        field, key, type_name, dimensions = spec
         if type(field) is not str or type(key) is not str:
             raise IllegalValue(f"{kind} with a tensor named {shown(field)} {shown(key)}, expected two strings")
         if field in states and key not in states[field]:
-            states[field][_named(f"name in {field}", key, limits)] = viewed(frame, dtype_name, dimensions, limits)
+            states[field][_named(f"name in {field}", key, limits)] = viewed(frame, type_name, dimensions, limits)
         elif field in ARRAY_FIELDS and field in _FIELDS[kind] and key == "" and field not in content:
-            content[field] = viewed(frame, dtype_name, dimensions, limits)
+            content[field] = viewed(frame, type_name, dimensions, limits)
         else:
             raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
     content |= states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from mergesfl.errors import ConfigError
 
 Array = NDArray[np.generic]
+ALIGNMENT_BYTES = 64  # of memory that torch allocates (c10/core/alignment.h)
 
 
 def to_array(tensor: Tensor) -> Array:
@@ -32,6 +33,21 @@ def to_tensor(array: Array, device: torch.device) -> Tensor:
     tensor = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype)
     np.copyto(tensor.numpy(), array)
     return tensor.to(device)
+
+
+def to_tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """`to_tensor` of each, (d_i, F...) with equal F... and dtype: consecutive slices of ONE new tensor (D, F...).
+
+    Whoever joins them again along the first dimension has nothing to copy: see training/merging.py. Where a slice would
+    not be aligned as torch aligns, every tensor has memory of its own: the last bit must not depend on its neighbours.
+    """
+    if not arrays or any(array.nbytes % ALIGNMENT_BYTES for array in arrays):
+        return [to_tensor(array, device) for array in arrays]
+    num_rows = sum(len(array) for array in arrays)
+    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    whole = torch.empty((num_rows, *arrays[0].shape[1:]), dtype=dtype)  # (D, F...)
+    np.concatenate(arrays, out=whole.numpy())
+    return list(torch.split(whole.to(device), [len(array) for array in arrays]))
 
 
 def state_to_arrays(state: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -47,11 +47,16 @@ def _mean_of(key: str, states: Sequence[Mapping[str, Tensor]], shares: Sequence[
         return first.detach().clone()
     dtype = torch.promote_types(first.dtype, torch.float32)
     mean: Tensor | None = None
+    term: Tensor | None = None  # memory for one product, however many states there are
     for state, share in zip(states, shares, strict=True):
         if share == 0.0:
             continue
-        term = state[key].detach().to(dtype) * share  # same shape as the tensor; with share 1.0 the same bits
-        mean = term if mean is None else mean.add_(term)
+        value = state[key].detach().to(dtype)  # same shape as the tensor
+        if mean is None:
+            mean = value * share  # with share 1.0 the same bits
+        else:
+            term = torch.mul(value, share, out=term)
+            mean.add_(term)
     assert mean is not None  # the shares sum to 1
     return mean.to(first.dtype)
 

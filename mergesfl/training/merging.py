@@ -40,7 +40,9 @@ class SingleStep:
 
 
 def merge_features(features: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Concatenates (d_i, F...) and (d_i,) in the given order, the plan's, to (D, F...) and (D,): new tensors.
+    """Concatenates (d_i, F...) and (d_i,) in the given order, the plan's, to (D, F...) and (D,).
+
+    New tensors, or views of one that holds them all, where they lie one behind the other in it.
 
     Raises RemoteProtocolError: nothing to merge, a worker without a sample, or counts, shapes or types that differ.
     """
@@ -61,7 +63,21 @@ def merge_features(features: Sequence[Tensor], labels: Sequence[Tensor]) -> tupl
                 f"worker {index} of the plan sent samples {tuple(z.shape[1:])} {z.dtype} at the cut, "
                 f"expected {tuple(first.shape[1:])} {first.dtype}: drop this worker, its model is another one"
             )
-    return torch.cat([z.detach() for z in features]), torch.cat(list(labels))  # (D, F...), (D,)
+    return joined([z.detach() for z in features]), joined(list(labels))  # (D, F...), (D,)
+
+
+def joined(slices: Sequence[Tensor]) -> Tensor:
+    """torch.cat of (d_i, F...) to (D, F...); without a copy where they are the consecutive parts of one tensor."""
+    first, offset = slices[0], slices[0].storage_offset()
+    for one in slices:
+        if not (
+            one.is_contiguous()
+            and one.storage_offset() == offset
+            and one.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        ):
+            return torch.cat(list(slices))
+        offset += one.numel()
+    return first.as_strided((sum(len(one) for one in slices), *first.shape[1:]), first.stride())
 
 
 class OpenStep:
@@ -163,10 +179,10 @@ class OpenStep:
         return [parameter for parameter in self._top.parameters() if parameter.requires_grad]
 
     def _slices(self, merged: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """(d_i, F...) each: the slices of d(part of L)/dZ times D / d_i."""
+        """(d_i, F...) each: the slices of d(part of L)/dZ times D / d_i, views of a new buffer."""
         assert merged.grad is not None
         slices = torch.split(merged.grad, list(sizes))
-        return [s * (self._num_samples / d) for s, d in zip(slices, sizes, strict=True)]
+        return [s.mul_(self._num_samples / d) for s, d in zip(slices, sizes, strict=True)]
 
 
 def merged_step(

@@ -26,7 +26,7 @@ def backward_share(top: nn.Module, features: Tensor, labels: Tensor, share: floa
 
     Returns: the gradient (d, F...) of the mean loss itself, without the share, and the loss.
     """
-    z, y = merge_features([features], [labels])  # (d, F...), (d,): checked copies
+    z, y = merge_features([features], [labels])  # (d, F...), (d,): checked
     z.requires_grad_()
     loss = functional.cross_entropy(forward_any(top, z), y)
     (share * loss).backward()  # type: ignore[no-untyped-call]

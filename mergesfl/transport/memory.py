@@ -19,6 +19,14 @@ from mergesfl.transport.base import Frames
 Packet = list[memoryview]
 
 
+class _Mailbox:
+    """Messages for one worker, and the condition that only this worker waits on: nobody else wakes up for them."""
+
+    def __init__(self, guard: threading.RLock) -> None:
+        self.arrived = threading.Condition(guard)
+        self.packets: deque[Packet] = deque()
+
+
 class MemoryHub:
     """The place where one server and its workers meet: hold one per fleet and hand it to both ends."""
 
@@ -30,11 +38,12 @@ class MemoryHub:
         self.address = f"memory://{name}"
         self._max_queued_messages = max_queued_messages
         self._limits = limits
-        self._changed = threading.Condition()  # guards all below
+        self._guard = threading.RLock()  # of all below
+        self._arrived = threading.Condition(self._guard)  # something is in the inbox, or the server is closed
         self._server: MemoryServer | None = None
         self._inbox: deque[tuple[bytes, Packet]] = deque()  # workers -> server
         self._num_unread: dict[bytes, int] = {}  # of each worker's messages in the inbox
-        self._mailboxes: dict[bytes, deque[Packet]] = {}  # server -> each connected worker
+        self._mailboxes: dict[bytes, _Mailbox] = {}  # server -> each connected worker
 
     def server(self) -> MemoryServer:
         """The hub's server.
@@ -42,7 +51,7 @@ class MemoryHub:
         Raises:
             TransportError: there is one already.
         """
-        with self._changed:
+        with self._guard:
             if self._server is not None:
                 raise TransportError(f"'{self.address}' has a server already; close that one first")
             self._server = MemoryServer(self)
@@ -51,8 +60,8 @@ class MemoryHub:
     def worker(self) -> MemoryWorker:
         """A new worker, a peer of its own; the server may come later."""
         peer = b"m" + os.urandom(15)
-        with self._changed:
-            self._mailboxes[peer] = deque()
+        with self._guard:
+            self._mailboxes[peer] = _Mailbox(self._guard)
         return MemoryWorker(self, peer)
 
     def _copied(self, frames: Frames) -> Packet:
@@ -81,15 +90,16 @@ class MemoryServer:
             TransportError: the peer is gone, or max_queued_messages are waiting for it.
         """
         packet = self._hub._copied(frames)
-        with self._hub._changed:
+        with self._hub._guard:
             self._check_open()
             mailbox = self._hub._mailboxes.get(peer)
             if mailbox is None:
                 raise TransportError(f"peer {peer.hex()} is unreachable; drop it")
-            if len(mailbox) >= self._hub._max_queued_messages:
-                raise TransportError(f"peer {peer.hex()} does not read: {len(mailbox)} messages wait for it; drop it")
-            mailbox.append(packet)
-            self._hub._changed.notify_all()
+            num_unread = len(mailbox.packets)
+            if num_unread >= self._hub._max_queued_messages:
+                raise TransportError(f"peer {peer.hex()} does not read: {num_unread} messages wait for it; drop it")
+            mailbox.packets.append(packet)
+            mailbox.arrived.notify_all()
 
     def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
         """The next message and the peer it came from; None when the time is over.
@@ -97,9 +107,9 @@ class MemoryServer:
         Raises:
             TransportError: this endpoint is closed.
         """
-        with self._hub._changed:
+        with self._hub._guard:
             self._check_open()
-            self._hub._changed.wait_for(lambda: self._hub._inbox or self._closed, _bounded(timeout_seconds))
+            self._hub._arrived.wait_for(lambda: self._hub._inbox or self._closed, _bounded(timeout_seconds))
             self._check_open()
             if not self._hub._inbox:
                 return None
@@ -111,13 +121,13 @@ class MemoryServer:
 
     def close(self) -> None:
         """Closes the endpoint and drops what it has not read; the hub may get a new server."""
-        with self._hub._changed:
+        with self._hub._guard:
             if not self._closed:
                 self._closed = True
                 self._hub._server = None
                 self._hub._inbox.clear()
                 self._hub._num_unread.clear()
-                self._hub._changed.notify_all()
+                self._hub._arrived.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -138,14 +148,14 @@ class MemoryWorker:
             TransportError: this endpoint is closed.
         """
         packet = self._hub._copied(frames)
-        with self._hub._changed:
+        with self._hub._guard:
             self._mailbox()
             num_unread = self._hub._num_unread.get(self._peer, 0)
             if self._hub._server is None or num_unread >= self._hub._max_queued_messages:
                 return False
             self._hub._inbox.append((self._peer, packet))
             self._hub._num_unread[self._peer] = num_unread + 1
-            self._hub._changed.notify_all()
+            self._hub._arrived.notify_all()
             return True
 
     def recv(self, timeout_seconds: float) -> list[memoryview] | None:
@@ -154,21 +164,22 @@ class MemoryWorker:
         Raises:
             TransportError: this endpoint is closed.
         """
-        with self._hub._changed:
+        with self._hub._guard:
             mailbox = self._mailbox()
-            self._hub._changed.wait_for(
-                lambda: mailbox or self._peer not in self._hub._mailboxes, _bounded(timeout_seconds)
+            mailbox.arrived.wait_for(
+                lambda: mailbox.packets or self._peer not in self._hub._mailboxes, _bounded(timeout_seconds)
             )
             self._mailbox()
-            return mailbox.popleft() if mailbox else None
+            return mailbox.packets.popleft() if mailbox.packets else None
 
     def close(self) -> None:
         """Closes the endpoint: from now on the server's send raises. What it sent before still arrives."""
-        with self._hub._changed:
-            self._hub._mailboxes.pop(self._peer, None)
-            self._hub._changed.notify_all()
+        with self._hub._guard:
+            mailbox = self._hub._mailboxes.pop(self._peer, None)
+            if mailbox is not None:
+                mailbox.arrived.notify_all()
 
-    def _mailbox(self) -> deque[Packet]:
+    def _mailbox(self) -> _Mailbox:
         mailbox = self._hub._mailboxes.get(self._peer)
         if mailbox is None:
             raise TransportError(f"this worker of '{self._hub.address}' is closed; make a new one")
