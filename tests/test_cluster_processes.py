@@ -22,12 +22,8 @@ from mergesfl.protocol.codec import encode
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Features, Leave, Ping, Ready, Register, Update
 from mergesfl.runtime.checkpoint import load_checkpoint
 from mergesfl.runtime.process import StopFlag
+from tests.memory_cluster import MEASURED
 from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_group, run, start, wait_until
-
-MEASURED = {
-    *("observed_seconds", "idle_seconds", "survey_seconds", "planning_seconds", "round_seconds", "evaluation_seconds"),
-    "waiting_seconds",
-}
 
 
 def play(tmp_path: Path, name: str, *settings: str) -> Path:
@@ -61,7 +57,7 @@ def test_processes_give_the_same_parameters_as_memory_to_the_bit(
     assert not same_parameters(undisturbed, seeded)
     for one, two in zip(journal(undisturbed), journal(other), strict=True):
         # Pings and pongs come as time goes by, so bytes may differ by a few of them; all decisions are equal.
-        loose = {"ingress_bytes", "egress_bytes"} | (MEASURED - {"observed_seconds", "idle_seconds"})
+        loose = {"ingress_bytes", "egress_bytes"} | MEASURED
         assert {k: v for k, v in one.items() if k not in loose} == {k: v for k, v in two.items() if k not in loose}
 
 
@@ -72,7 +68,7 @@ def test_a_surveyed_run_is_the_same_over_memory_and_sockets_to_the_bit(tmp_path:
     one = play(tmp_path, "surveyed", "cluster.transport=memory", survey)
     other = play(tmp_path, "sockets", "cluster.transport=ipc", survey)
     assert same_parameters(one, other)
-    loose = {"ingress_bytes", "egress_bytes"} | (MEASURED - {"observed_seconds", "idle_seconds"})
+    loose = {"ingress_bytes", "egress_bytes"} | MEASURED
     for line, again in zip(journal(one), journal(other), strict=True):
         assert {k: v for k, v in line.items() if k not in loose} == {k: v for k, v in again.items() if k not in loose}
         assert (line["survey_seconds"] > 0) is (again["survey_seconds"] > 0) is (line["round_num"] % 2 == 0)
@@ -84,7 +80,7 @@ def test_streaming_in_order_is_the_same_over_memory_and_sockets_to_the_bit(tmp_p
     one = play(tmp_path, "streamed", "cluster.transport=memory", "training.merge=streaming-in-order")
     other = play(tmp_path, "sockets", "cluster.transport=tcp", "training.merge=streaming-in-order")
     assert same_parameters(one, other)
-    loose = {"ingress_bytes", "egress_bytes"} | (MEASURED - {"observed_seconds", "idle_seconds"})
+    loose = {"ingress_bytes", "egress_bytes"} | MEASURED
     for line, again in zip(journal(one), journal(other), strict=True):
         assert {k: v for k, v in line.items() if k not in loose} == {k: v for k, v in again.items() if k not in loose}
     assert not same_parameters(one, play(tmp_path, "memory", "cluster.transport=memory"))

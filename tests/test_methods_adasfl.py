@@ -22,7 +22,7 @@ from mergesfl.methods.adasfl import LOSSES, adapted_num_steps
 from mergesfl.models.initial import build_seeded
 from mergesfl.seeding import generator_for
 from mergesfl.training.split import SplitModel
-from tests.memory_cluster import checkpoint_of, journal_of, play_daemons, same_tensors, small_config, without
+from tests.memory_cluster import MEASURED, checkpoint_of, journal_of, play_daemons, same_tensors, small_config, without
 from tests.pretend_cluster import (
     PretendCluster,
     assert_close,
@@ -197,8 +197,7 @@ def test_two_rounds_over_memory_repeat_to_the_bit(tmp_path: Path) -> None:
     for config in configs:
         play_daemons(config, SHARES)
     assert same_tensors(*(checkpoint_of(config) for config in configs))
-    measured = ("planning_seconds", "round_seconds", "evaluation_seconds")
-    first, again = (without(journal_of(config), *measured) for config in configs)
+    first, again = (without(journal_of(config), *MEASURED) for config in configs)
     assert first == again
     assert [line["batch_sizes"] for line in first] == [[8, 8, 8], [8, 4, 3]]
 

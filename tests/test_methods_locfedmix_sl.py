@@ -18,7 +18,7 @@ from mergesfl.errors import CheckpointError
 from mergesfl.methods.base import copy_state
 from mergesfl.seeding import generator_for, seed_for
 from mergesfl.training.decoder import BIAS, WEIGHT, initial_decoder
-from tests.memory_cluster import checkpoint_of, journal_of, play_daemons, same_tensors, small_config, without
+from tests.memory_cluster import MEASURED, checkpoint_of, journal_of, play_daemons, same_tensors, small_config, without
 from tests.pretend_cluster import (
     PretendCluster,
     assert_close,
@@ -162,7 +162,6 @@ def test_two_rounds_over_memory_repeat_to_the_bit(tmp_path: Path) -> None:
     assert same_tensors(first, again)
     assert first.tensors[WEIGHT].shape == (32, 1, 4, 4)  # features (32, 2, 2) of samples (1, 8, 8)
     assert float(first.tensors[BIAS].abs().max()) > 0
-    measured = ("planning_seconds", "round_seconds", "evaluation_seconds")
-    lines = [without(journal_of(config), *measured) for config in configs]
+    lines = [without(journal_of(config), *MEASURED) for config in configs]
     assert lines[0] == lines[1]
     assert [line["samples_trained"] for line in lines[0]] == [48, 48]

@@ -163,7 +163,7 @@ def test_both_time_models_learn_and_one_is_planned_with() -> None:
 def test_a_round_teaches_both_models() -> None:
     """One round of 2 steps: "a" took 1 + 2 seconds for 2 * 4 samples, "b" missed the deadline of 6 seconds with 3."""
     plan = RoundPlan(0, ("a", "b"), (4, 3), 2, 2, (0.0, 0.0), 0.0, 0.0, 0.0, 0, 0)
-    outcome = RoundOutcome(plan, {"a": WorkerSeconds(1.0, 2.0)}, (), ("b",), None, 8, 0.0, 0.0)
+    outcome = RoundOutcome(plan, {"a": WorkerSeconds(1.0, 2.0)}, (), ("b",), None, 8, 0.0, 0.0, 0.0)
     fleet = new_fleet()
     outcome.teach(fleet, step_deadline_seconds=6.0)
     assert fleet.estimates.get("a") == (0.125, 0.25)
