@@ -30,7 +30,6 @@ NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True
 PositiveFraction = Annotated[float, Field(gt=0, le=1, strict=True)]
 Memory = Annotated[float, Field(ge=0, lt=1, strict=True)]
 NotNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Slowdown = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 VoidRounds = Annotated[int, Field(ge=1, le=99, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
@@ -76,7 +75,7 @@ class MethodConfig(Section):
     # Of mergesfl+ alone; see mergesfl/methods/mergesfl_plus.py.
     top_momentum: Memory = 0.0  # beta of the merged top's momentum
     logit_adjustment: Switch = False  # the merged loss is adjusted by the labels of the merged batch
-    proximal: NotNegative = 0.0  # mu that holds the bottoms near the global one
+    proximal: NotNegativeFloat = 0.0  # mu that holds the bottoms near the global one
     model_averaging: Memory = 0.0  # memory of the running mean of models that is evaluated and exported
 
 
@@ -153,7 +152,7 @@ class ClusterConfig(Section):
     device: str = "auto"  # auto, cpu, cuda or cuda:1; of the parameter server
     worker_device: str = "auto"  # of the workers that `mergesfl run` starts
     ps_threads: PositiveInt | None = None  # torch threads; None: share the cores of this machine
-    worker_threads: PositiveInt | None = None
+    worker_threads: PositiveInt | None = None  # of worker processes; those of one process share the server's
     start_deadline_seconds: PositiveFloat = 120.0  # for num_workers to register; then a quorum is enough
     step_deadline_seconds: PositiveFloat = 60.0  # a worker that answers later is dropped from the round
     quorum_fraction: PositiveFraction = 0.5  # of a plan; fewer answers void the round

@@ -212,6 +212,7 @@ class RoundExchange:
         return {name: arrivals[name] for name in self._active}
 
     def _take(self, member: Member, message: Features | Update, arrivals: dict[str, Arrival]) -> None:
+        received_seconds = self._clock.now_seconds()  # decoding is computing, not transfer
         try:
             message = self._decoded(member.worker_id, message)
             self._check(member, message)
@@ -220,7 +221,7 @@ class RoundExchange:
         except _NotFiniteError as error:
             self._give_up(member, str(error))
         else:
-            arrivals[member.worker_id] = Arrival(message, self._clock.now_seconds())
+            arrivals[member.worker_id] = Arrival(message, received_seconds)
 
     def _decoded(self, name: str, message: Features | Update) -> Features | Update:
         """What the worker meant. Raises RemoteProtocolError for what the run's codec does not make."""

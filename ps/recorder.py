@@ -53,7 +53,7 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
     if resume:
         if not saved.exists():
             raise CheckpointError(f"nothing to resume in {folder}: expected config.json there; start without --resume")
-        _check_same(_read_saved(saved), config_values(config), folder)
+        _check_same(_read_saved(saved), config_values(config), config_values(RunConfig()), folder)
         return
     if saved.exists() and not _is_ours(saved):
         raise ConfigError(
@@ -103,18 +103,22 @@ def _read_saved(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, prefix: str = "") -> None:
+def _check_same(
+    saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], folder: Path, prefix: str = ""
+) -> None:
+    """What an older version has not saved was its default."""
     for key, value in now.items():
-        name = prefix + key
-        if name in RESUMABLE_CHANGES or key not in saved:
+        name, default = prefix + key, defaults.get(key)
+        before = saved.get(key, default)
+        if name in RESUMABLE_CHANGES:
             continue
-        if isinstance(value, Mapping) and isinstance(saved[key], Mapping):
-            _check_same(saved[key], value, folder, name + ".")
-        elif name == "data.dataset" and str(saved[key]).partition(":")[0] == str(value).partition(":")[0]:
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            _check_same(before, value, default if isinstance(default, Mapping) else {}, folder, name + ".")
+        elif name == "data.dataset" and str(before).partition(":")[0] == str(value).partition(":")[0]:
             continue  # the same data in another place
-        elif saved[key] != value:
+        elif before != value:
             raise CheckpointError(
-                f"cannot resume {folder}: {name} was {saved[key]!r} and is {value!r} now; set it back, "
+                f"cannot resume {folder}: {name} was {before!r} and is {value!r} now; set it back, "
                 "or start a new run under another name"
             )
 

@@ -51,7 +51,7 @@ class Shard:
     def __init__(self, top: Half) -> None:
         self._top = top
         self._parameters = [parameter for parameter in top.parameters() if parameter.requires_grad]
-        self._dropouts = [layer for layer in top.modules() if isinstance(layer, SeededDropout)]
+        self._dropouts = [layer for layer in top.modules() if isinstance(layer, SeededDropout) and layer.p > 0]
         self._z: Tensor
         self._logits: Tensor
         self.tensors = [*top.parameters(), *top.buffers()]

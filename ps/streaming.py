@@ -82,7 +82,8 @@ class StreamingExchange(RoundExchange):
     def gather_updates(self) -> dict[str, Arrival]:
         """Waits for the trained states that are not here yet."""
         self._step, self._taken = self._plan.num_steps, set()
-        return self._gather(Update, self._step_deadline_seconds, self._inbox)
+        arrived, self._inbox = self._inbox, {}  # a state is held by those who use it alone
+        return self._gather(Update, self._step_deadline_seconds, arrived)
 
     def _step_of(self, name: str) -> int:
         return self._step + (name in self._taken)

@@ -99,9 +99,14 @@ class FleetSurvey:
         asked = {member.worker_id: member for member in self._fleet.available() if member.num_samples}
         wire_round_num = wire_round(round_num, SURVEY_ATTEMPT)
         reports: dict[str, Report] = {}
+        waiting, num_removed = dict(asked), -1
 
-        def missing() -> list[Member]:
-            return [m for name, m in asked.items() if name not in reports and m.gone_reason is None]
+        def missing() -> list[Member]:  # at every message: little work, however many workers there are
+            nonlocal waiting, num_removed
+            if self._fleet.num_removed != num_removed:
+                num_removed = self._fleet.num_removed
+                waiting = {name: member for name, member in waiting.items() if member.gone_reason is None}
+            return list(waiting.values())
 
         def take(member: Member, message: RoundMessage) -> None:
             if asked.get(member.worker_id) is not member:
@@ -110,6 +115,7 @@ class FleetSurvey:
                 self._echo(member, message)
             elif isinstance(message, Report):
                 reports[member.worker_id] = message
+                waiting.pop(member.worker_id, None)
 
         for member in asked.values():
             self._switchboard.send(member, self._question(wire_round_num))

@@ -23,7 +23,7 @@ from mergesfl.training.placement import place
 from mergesfl.training.split import Half, SplitModel
 from ps.following import follow
 from ps.ranks import END, Ranks
-from ps.shards import ShardedTop, require_shardable, rows_of
+from ps.shards import Shard, ShardedTop, require_shardable, rows_of
 from tests.processes import free_port
 
 torch.set_num_threads(1)
@@ -141,6 +141,12 @@ def test_a_seed_is_used_once(ranks: Ranks) -> None:
         shared(z)
     assert not ranks.in_step
     ranks.command(END)
+
+
+def test_a_dropout_that_drops_nothing_needs_no_seed() -> None:
+    """As in torchvision's networks with p = 0: whoever streams seeds only where masks are drawn."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5), SeededDropout(0.0), nn.Linear(5, 2)))
+    assert Shard(SplitModel(network, "0").top).unused_seeds() == []
 
 
 def test_rows_are_shared_out_evenly() -> None:

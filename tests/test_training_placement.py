@@ -39,6 +39,11 @@ def test_elsewhere_they_stay_first() -> None:
     assert all(part.weight.is_contiguous() for part in convolutions(placed))
 
 
+def test_other_weights_have_no_such_order() -> None:
+    network = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv3d(2, 3, 3))
+    assert all(parameter.is_contiguous() for parameter in place(network, CPU).parameters())
+
+
 def test_names_values_and_parameters_stay() -> None:
     network, before = model(), model().joined_state_dict()
     parameters = [id(parameter) for parameter in network.parameters()]

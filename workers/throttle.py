@@ -5,7 +5,7 @@ disturb each other. Nothing blocks meanwhile: a message that is still under way 
 as it does without a connection) or has not arrived yet (`recv` says None), so the worker goes on listening.
 
 What is uncertain: a message begins to arrive when it is picked up here, not when the server sent it. In a round that is
-the same, for a worker waits for every answer.
+nearly the same, for a worker waits for every answer, but for the time that it takes to draw its next batch.
 """
 
 from __future__ import annotations

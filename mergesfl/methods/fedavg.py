@@ -7,7 +7,8 @@ Data." AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629
     w_i   <- tau steps of SGD on worker i from w_t            work()
     w_t+1 <- sum_i n_i / n * w_i                              close()
 
-The paper trains E local epochs; here tau local steps with the same batch size for all, so that rounds compare [ours].
+What is uncertain: the paper trains E local epochs; here tau local steps with the same batch size for all, so that
+rounds compare [ours].
 """
 
 from __future__ import annotations

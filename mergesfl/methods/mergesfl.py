@@ -14,6 +14,9 @@ One round h, with the paper's symbols beside our names:
         w_i <- w_i - eta * J_i^T g_i  on every worker i
     w        = sum_i d_i / D * w_i                           close()              (Eq. 17)
 
+What is uncertain: how the bottoms' rate follows d_i (a switch, equal by default), and in Algorithm 1 the genetic search
+and the solver of Eq. 14, which are not published: see mergesfl/control, and its searches and limits marked [ours].
+
 Two switches give the ablations: without `merging` every worker has a top of its own, averaged at the end of the round
 with the same weights; without `regulation` the workers are drawn at random and all have the same batch size.
 """

@@ -12,10 +12,11 @@ MobiCom 2022. https://doi.org/10.1145/3495243.3517017, code: https://github.com/
 T_i = tau * d * (mu_i + beta_i), with the smoothed observations of Eq. 5 and 6; before any speed is known all count as
 equally fast. Everything that plan() reads of the past is in the state: a void round is undone, a run resumed.
 
-What differs: the code drops whole tensors of the update, and so do we, but it then averages them as zeros, which
-shrinks the step; here a tensor counts for those that sent it [ours]. Buffers are always sent [ours]. The code starts
-30 % more workers than it waits for and gives fast ones more local steps; both are left out: all methods are compared
-with equal participants and equal local steps [ours]. How p_i follows from T_i is [ours] too: drop_probabilities.
+What is uncertain, and what differs: the code drops whole tensors of the update, and so do we, but it then averages them
+as zeros, which shrinks the step; here a tensor counts for those that sent it [ours]. Buffers are always sent [ours].
+The code starts 30 % more workers than it waits for and gives fast ones more local steps; both are left out: all methods
+are compared with equal participants and equal local steps [ours]. How p_i follows from T_i is [ours] too:
+drop_probabilities.
 """
 
 from __future__ import annotations

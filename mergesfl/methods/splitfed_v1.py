@@ -7,8 +7,8 @@ https://arxiv.org/abs/2004.12088
     at the end of a round:        bottom = sum_i n_i / n * bottom_i,  top = sum_i n_i / n * top_i
 
 n_i are the samples of worker i's data set, n the sum over the participants [paper]. Workers are drawn at random and all
-have the same batch size (capped by what a worker has [ours]). The paper averages after a local epoch; here after tau
-local steps, the same for all methods, so that rounds compare [ours].
+have the same batch size (capped by what a worker has [ours]). What is uncertain: the paper averages after a local
+epoch; here after tau local steps, the same for all methods, so that rounds compare [ours].
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ https://arxiv.org/abs/2004.12088
     for every step:         for i in a random order: top steps on z_i's own mean loss; dL_i/dz_i goes back
     at the end of a round:  bottom = sum_i n_i / n * bottom_i;  the top is never averaged
 
-The paper lets the top see one worker's whole local epoch before the next one's; here the workers run in step, so the
-top takes one batch of every worker in turn, in an order drawn anew for each step [ours]. That forgets less than the
-paper's order; for one local step per round both are the same.
+What is uncertain: the paper lets the top see one worker's whole local epoch before the next one's; here the workers run
+in step, so the top takes one batch of every worker in turn, in an order drawn anew for each step [ours]. That forgets
+less than the paper's order; for one local step per round both are the same.
 """
 
 from __future__ import annotations

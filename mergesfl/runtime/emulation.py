@@ -6,6 +6,7 @@ All draws are a pure function of (seed, worker, round), so a resumed, a simulate
     seconds of a stretch      (overhead + FLOPs / (peak * efficiency * mode)) * jitter                         [ours]
     seconds of a transfer     bytes / rate * jitter + latency                                                  [ours]
 
+A device turns to a new round when its work of that round begins: what brings it the work still travels at the old rate.
 A jitter is normal around 1, cut at a half and at double [ours]. Compute and link have a stream of jitters each, for the
 order in which stretches and transfers alternate is no property of the device.
 """

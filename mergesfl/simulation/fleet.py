@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mergesfl.config import RunConfig
 from mergesfl.data.partition import Partition
 from mergesfl.errors import ConfigError, QuorumError
+from mergesfl.methods import find_method
 from mergesfl.processes import profile_names, worker_name
 from mergesfl.runtime.emulation import BYTES_PER_MBIT, EmulatedDevice
 from mergesfl.runtime.patience import VIRTUAL, VIRTUAL_WITH_LOSSES
@@ -71,14 +72,17 @@ class VirtualFleet:
         self._bandwidth = {} if trace is None else read_bandwidth(trace)
         self._patience = VIRTUAL_WITH_LOSSES if self._availability else VIRTUAL
         profiles = {name: load_profile(name) for name in simulation.fleet}
-        bottom_bytes = sum(
-            parameter.numel() * parameter.element_size() for parameter in scene.network.bottom.parameters()
+        splits = find_method(config.method.name).splits
+        trained = scene.network.bottom if splits else scene.network
+        what, advice = (
+            ("bottom", "cut the network earlier (model.cut)") if splits else ("network", "use a split method")
         )
+        trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained.parameters())
         for name, profile in profiles.items():
-            if 2 * bottom_bytes > profile.memory_bytes:  # and its gradient
+            if 2 * trained_bytes > profile.memory_bytes:  # and its gradient
                 raise ConfigError(
-                    f"the bottom and its gradient take {2 * bottom_bytes} bytes, a {name} has {profile.memory_bytes}: "
-                    "cut the network earlier (model.cut), or leave the device out of simulation.fleet"
+                    f"the {what} and its gradient take {2 * trained_bytes} bytes, a {name} has {profile.memory_bytes}: "
+                    f"{advice}, or leave the device out of simulation.fleet"
                 )
         models = SharedModels()
         self.workers = {
@@ -123,6 +127,7 @@ class VirtualFleet:
         seconds_per_sample = flops_per_sample / scene.config.simulation.ps_flops_per_second
 
         def charge(num_samples: int) -> None:
+            """Once through the top and back. What a method does beside it (mix-ups, a second backward) is free [ours]."""
             self._loop.sleep(num_samples * seconds_per_sample)
 
         return serve(scene, self._network.server(), resume, watch, self._patience, charge)

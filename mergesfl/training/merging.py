@@ -6,6 +6,7 @@ Legend: D merged samples, d_i samples of worker i (D = sum d_i), F... shape of o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,9 @@ def joined(slices: Sequence[Tensor]) -> Tensor:
         ):
             return torch.cat(list(slices))
         offset += one.numel()
-    return first.as_strided((sum(len(one) for one in slices), *first.shape[1:]), first.stride())
+    # Not first.stride(): where it holds one sample, the stride from sample to sample may be anything.
+    strides = (math.prod(first.shape[1:]), *first.stride()[1:])
+    return first.as_strided((sum(len(one) for one in slices), *first.shape[1:]), strides)
 
 
 class OpenStep:

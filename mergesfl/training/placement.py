@@ -18,4 +18,8 @@ def place(network: Network, device: torch.device) -> Network:
     whatever trains or evaluates must be placed. On a GPU the usual order stays [ours: not measured there].
     """
     order = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    return network.to(device=device, memory_format=order)  # type: ignore[call-overload, no-any-return]
+    network.to(device)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:  # (out, in, height, width); there is no such order of others
+            tensor.data = tensor.data.contiguous(memory_format=order)
+    return network
