@@ -127,7 +127,7 @@ class VirtualFleet:
         seconds_per_sample = flops_per_sample / scene.config.simulation.ps_flops_per_second
 
         def charge(num_samples: int) -> None:
-            """Once through the top and back. What a method does beside it (mix-ups, a second backward) is free [ours]."""
+            """Once through the top and back; what a method does more (mix-ups, a second backward) is free [ours]."""
             self._loop.sleep(num_samples * seconds_per_sample)
 
         return serve(scene, self._network.server(), resume, watch, self._patience, charge)
