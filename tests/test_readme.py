@@ -70,3 +70,11 @@ def test_make_demo_and_make_test_are_what_the_readme_says() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     plain = subprocess.run([make], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "make demo" in plain and "make check" in plain
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "benchmarks/LOG.md"])
+def test_links_lead_to_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    assert links or page.endswith("LOG.md")
