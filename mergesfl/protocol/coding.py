@@ -66,6 +66,8 @@ class RunCodecs:
 
     def encode_features(self, message: Features, worker_id: str) -> Features:
         """The message as it is sent; its features are float32 (d, F...)."""
+        if isinstance(self._features, Fp32):  # nothing to do, and no generator to make for it
+            return message
         generator = self._generator("features", worker_id, message.round_num, message.step)
         values, parts = _encoded(self._features, message.features, generator)
         return replace(message, features=values, parts=parts)
@@ -77,7 +79,7 @@ class RunCodecs:
 
     def encode_gradient(self, message: Gradient, worker_id: str) -> Gradient:
         """The message as it is sent; its gradient is float32 (d, F...), or (0,)."""
-        if not message.gradient.size:
+        if not message.gradient.size or isinstance(self._gradients, Fp32):
             return message
         generator = self._generator("gradient", worker_id, message.round_num, message.step)
         values, parts = _encoded(self._gradients, message.gradient, generator)
