@@ -88,4 +88,4 @@ class EmulatedDevice:
 
 
 def _jitter(generator: np.random.Generator, deviation: float) -> float:
-    return float(np.clip(generator.normal(1.0, deviation), MIN_JITTER, MAX_JITTER))
+    return min(max(float(generator.normal(1.0, deviation)), MIN_JITTER), MAX_JITTER)
