@@ -50,7 +50,7 @@ class Shard:
 
     def __init__(self, top: Half) -> None:
         self._top = top
-        self._parameters = [parameter for parameter in top.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in top.parameters() if parameter.requires_grad]
         self._dropouts = [layer for layer in top.modules() if isinstance(layer, SeededDropout) and layer.p > 0]
         self._z: Tensor
         self._logits: Tensor
@@ -77,7 +77,7 @@ class Shard:
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dlogits (d_r, C) -> dL/dz (d_r, F...), and what these rows add to dL/dw, (P,)."""
-        wanted = [self._z, *self._parameters]
+        wanted = [self._z, *self.parameters]
         of_z, *of_parameters = torch.autograd.grad(
             self._logits, wanted, gradient, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -85,12 +85,12 @@ class Shard:
 
     def no_gradient(self) -> Tensor:
         """(P,) what no rows add."""
-        return torch.cat([torch.zeros_like(parameter).reshape(-1) for parameter in self._parameters])
+        return torch.cat([torch.zeros_like(parameter).reshape(-1) for parameter in self.parameters])
 
     def parts_of(self, gradient: Tensor) -> list[Tensor]:
         """(P,) -> one tensor per parameter, of its shape."""
-        parts = torch.split(gradient, [parameter.numel() for parameter in self._parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
+        parts = torch.split(gradient, [parameter.numel() for parameter in self.parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
 
 
 class ShardedTop:
@@ -100,13 +100,12 @@ class ShardedTop:
         require_shardable(top)
         self._ranks = ranks
         self._shard = Shard(top)
-        self._parameters = [parameter for parameter in top.parameters() if parameter.requires_grad]
         self._num_forwards = 0
         top.train_through(self._run)
 
     def _run(self, features: Tensor) -> Tensor:
         """(D, F...) -> (D, C)."""
-        logits: Tensor = _Sharded.apply(self, features, *self._parameters)
+        logits: Tensor = _Sharded.apply(self, features, *self._shard.parameters)
         return logits
 
     def forward(self, features: Tensor) -> tuple[Tensor, int]:

@@ -29,6 +29,9 @@ Parts = Mapping[str, Array]  # what crosses the wire; VALUES is among them, (d, 
 
 VALUES = "values"
 BYTES_PER_FLOAT32 = 4
+# Of a code with a scale: no scale and no product of one may leave the normal numbers of float32. [ours]
+LARGEST = 2.0**126  # what is beyond becomes this
+SMALLEST_RANGE = 2.0**-118  # a channel below this becomes 0
 
 
 class IllegalCode(ValueError):

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergesfl.codecs.base import (
+    LARGEST,
+    SMALLEST_RANGE,
     VALUES,
     Array,
     Floats,
@@ -32,8 +34,6 @@ from mergesfl.codecs.base import (
 )
 
 LARGEST_E4M3 = 448.0
-LARGEST = 2.0**126
-SMALLEST_RANGE = 2.0**-118
 NAN = 0x7F  # the one magnitude that is no number
 
 

@@ -21,6 +21,8 @@ from __future__ import annotations
 import numpy as np
 
 from mergesfl.codecs.base import (
+    LARGEST,
+    SMALLEST_RANGE,
     VALUES,
     Array,
     Floats,
@@ -35,8 +37,6 @@ from mergesfl.codecs.base import (
 )
 
 NUM_STEPS = 255
-LARGEST = 2.0**126
-SMALLEST_RANGE = 2.0**-118
 _BYTES_PER_CHANNEL = 4 + 1  # scale and zero
 
 
