@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -177,10 +177,10 @@ class RoundExchange:
 
     def _answer(self, name: str, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
         """Sends one worker its gradient (d_i, F...)."""
-        answer = self._codecs.encode_gradient(Gradient(self._wire_round, step, 0.0, to_array(gradient)), name)
+        values, parts = self._codecs.encode_gradient(to_array(gradient), name, self._wire_round, step)
         held_seconds = self._clock.now_seconds() - received_seconds  # encoding is computing, too
         self.held_seconds[name] += held_seconds
-        self._switchboard.send(self._active[name], replace(answer, held_seconds=held_seconds))
+        self._switchboard.send(self._active[name], Gradient(self._wire_round, step, held_seconds, values, parts))
 
     def _step_of(self, name: str) -> int:
         """The step that this worker is in."""
@@ -248,8 +248,8 @@ class RoundExchange:
                 f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, "
                 f"expected int64{(batch_size,)}"
             )
-        labels = np.asarray(message.labels, dtype=np.int64)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._num_classes:
+        labels = message.labels
+        if len(labels) and not int(labels.view(np.uint64).max()) < self._num_classes:  # what is negative is huge
             raise RemoteProtocolError(
                 f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, "
                 f"expected 0 to {self._num_classes - 1}"

@@ -103,12 +103,12 @@ def test_tables_are_complete() -> None:
 
 
 def test_golden_bytes() -> None:
-    # The header by hand, after the msgpack specification: 9n array of n, 8n map of n, an / dn xx str of n, cb float64.
+    # The header by hand, after the msgpack specification: 9n array of n, an str of n, cb float64, c2 false.
     # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
     header = (
-        b"\x94\x02\xa8gradient"
-        b"\x83\xa9round_num\x03\xa4step\x02\xacheld_seconds\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00"
-        b"\x91\x94\xa8gradient\xa0\xa7float32\x92\x01\x02"
+        b"\x94\x03\xa8gradient"
+        b"\x93\x03\x02\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00"
+        b"\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x02\xc2"
     )
     tensor = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
     message = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32))
@@ -252,6 +252,24 @@ def test_non_contiguous_arrays_arrive_as_they_look(make: Any) -> None:
     assert np.array_equal(decoded.gradient, array)
 
 
+def test_channels_last_are_lent_and_viewed_as_they_lie() -> None:
+    array = np.arange(2 * 4 * 5 * 3, dtype=np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)  # (2, 3, 4, 5)
+    frames = encode(m.Gradient(0, 0, 0.0, array))
+    assert np.array_equal(np.frombuffer(frames[1], dtype=np.float32), np.arange(120))  # in the order of the memory
+    decoded = decode(frames)
+    assert isinstance(decoded, m.Gradient)
+    assert np.array_equal(decoded.gradient, array) and decoded.gradient.strides == array.strides
+    assert np.shares_memory(decoded.gradient, array) and not decoded.gradient.flags.writeable
+
+
+def test_one_channel_is_c_order() -> None:
+    """Then both orders are the same, and the header says the simple one."""
+    array = np.arange(6, dtype=np.float32).reshape(2, 3, 1, 1).transpose(0, 2, 1, 3)  # (2, 1, 3, 1)
+    assert msgpack.unpackb(encode(m.Gradient(0, 0, 0.0, array))[0])[3] == [
+        ["gradient", "", "float32", [2, 1, 3, 1], False]
+    ]
+
+
 def test_a_frame_at_an_odd_address_gives_an_aligned_array() -> None:
     header, tensor = encode(m.Gradient(0, 0, 0.0, np.array([1.5, 2.5])))
     odd = memoryview(bytearray(b"?" + bytes(tensor)))[1:]
@@ -350,9 +368,10 @@ def test_an_int_is_a_legal_float() -> None:
 def test_an_id_that_something_might_interpret_is_refused_at_both_ends(worker_id: str) -> None:
     with pytest.raises(LocalProtocolError, match="worker_id is "):
         encode(dataclasses.replace(EXAMPLES[0], worker_id=worker_id))
-    fields = {field.name: getattr(EXAMPLES[0], field.name) for field in dataclasses.fields(EXAMPLES[0])}
+    values = {field.name: getattr(EXAMPLES[0], field.name) for field in dataclasses.fields(EXAMPLES[0])}
+    values["worker_id"] = worker_id
     with pytest.raises(RemoteProtocolError, match="worker_id is "):
-        decode([msgpack.packb([m.PROTOCOL_VERSION, "register", fields | {"worker_id": worker_id}, []])])
+        decode([msgpack.packb([m.PROTOCOL_VERSION, "register", list(values.values()), []])])
     with pytest.raises(ConfigError, match="choose another --id"):
         check_worker_id(worker_id)
 
@@ -372,8 +391,8 @@ def test_clipped_texts_can_be_sent() -> None:
 
 # ------------------------------------------------------------------------ refused: remote
 
-GRADIENT_FIELDS = {"round_num": 0, "step": 0, "held_seconds": 0.0}
-SPEC = ["gradient", "", "float32", [1]]
+GRADIENT_VALUES = (0, 0, 0.0)  # round_num, step, held_seconds
+SPEC = ["gradient", "", "float32", [1], False]
 
 
 def header(*parts: object) -> bytes:
@@ -381,8 +400,8 @@ def header(*parts: object) -> bytes:
     return packed
 
 
-def gradient(fields: object = GRADIENT_FIELDS, specs: object = (SPEC,)) -> list[bytes]:
-    return [header(m.PROTOCOL_VERSION, "gradient", fields, specs), b"\0\0\0\0"]
+def gradient(specs: object = (SPEC,), round_num: object = 0, step: object = 0, held: object = 0.0) -> list[bytes]:
+    return [header(m.PROTOCOL_VERSION, "gradient", [round_num, step, held], specs), b"\0\0\0\0"]
 
 
 def test_the_untouched_gradient_is_legal() -> None:
@@ -394,64 +413,66 @@ def test_the_untouched_gradient_is_legal() -> None:
     [
         ([], "0 frames, expected 1 to 4097"),
         ([b""], "header of 0 bytes is no msgpack"),
-        ([header(m.PROTOCOL_VERSION, "ping", {}, [])] + [b""] * 4097, "4098 frames"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], [])] + [b""] * 4097, "4098 frames"),
         ([b"\0" * (2**20 + 1)], "header of 1048577 bytes, the limit is 1048576"),
-        ([header(m.PROTOCOL_VERSION, "ping", {}, []) + b"\0"], "no msgpack"),  # trailing data
+        ([header(m.PROTOCOL_VERSION, "ping", [], []) + b"\0"], "no msgpack"),  # trailing data
         ([b"\x91" * 5000 + b"\x01"], "no msgpack"),  # 5,000 lists inside each other
         ([b"\xdd\xff\xff\xff\xff"], "no msgpack"),  # announces 4 Gi elements
         ([b"\xdb\xff\xff\xff\xff"], "no msgpack"),  # announces a string of 4 GiB
-        ([b"\x94\x02\xa4ping\x80\xd4\x00\x00"], "no msgpack"),  # an extension type
-        ([b"\x94\x02\xa4ping\x81\x00\x00\x90"], "no msgpack"),  # an integer as key
-        ([b"\x94\x02\xa4ping\x82\xa1a\x00\xa1a\x00\x90"], "occurs twice"),
-        ([b"\x94\x02\xa4p\xffng\x80\x90"], "no msgpack"),  # not UTF-8
+        ([b"\x94\x03\xa4ping\x90\xd4\x00\x00"], "no msgpack"),  # an extension type
+        ([b"\x94\x03\xa4ping\x91\x81\x00\x00\x90"], "no msgpack"),  # an integer as key
+        ([b"\x94\x03\xa4ping\x91\x82\xa1a\x00\xa1a\x00\x90"], "occurs twice"),
+        ([b"\x94\x03\xa4p\xffng\x90\x90"], "no msgpack"),  # not UTF-8
         ([header()], r"not \[version"),
         ([msgpack.packb({"version": 1})], r"not \[version"),
-        ([header(True, "ping", {}, [])], r"not \[version"),
-        ([header("1", "ping", {}, [])], r"not \[version"),
-        ([header(m.PROTOCOL_VERSION, "ping", {})], r"not \[version"),
-        ([header(m.PROTOCOL_VERSION, "ping", [], [])], r"not \[version"),
-        ([header(m.PROTOCOL_VERSION, "ping", {}, {})], r"not \[version"),
-        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 2"),
-        ([header(m.PROTOCOL_VERSION, "pong!", {}, [])], "unknown kind of message 'pong!'"),
-        ([header(m.PROTOCOL_VERSION, ["ping"], {}, [])], "unknown kind of message a value of type list"),
-        ([header(m.PROTOCOL_VERSION, "ping", {"why": 1}, [])], "unknown fields 'why'"),
-        ([header(m.PROTOCOL_VERSION, "release", {"round_num": 1}, [])], "missing or unknown fields 'reason'"),
-        (gradient({**GRADIENT_FIELDS, "step": 1.0}), "step is 1.0, expected an int"),
-        (gradient({**GRADIENT_FIELDS, "step": False}), "step is False, expected an int"),
-        (gradient({**GRADIENT_FIELDS, "step": -1}), "step is -1"),
-        (gradient({**GRADIENT_FIELDS, "step": 2**64 - 1}), "step is 18446744073709551615"),
-        (gradient({**GRADIENT_FIELDS, "held_seconds": float("inf")}), "held_seconds is inf"),
-        (gradient({**GRADIENT_FIELDS, "held_seconds": False}), "held_seconds is False, expected a float"),
-        (gradient({**GRADIENT_FIELDS, "held_seconds": 1e300}), r"held_seconds is 1e\+300"),
+        ([header(True, "ping", [], [])], r"not \[version"),
+        ([header("1", "ping", [], [])], r"not \[version"),
+        ([header(m.PROTOCOL_VERSION, "ping", [])], r"not \[version"),
+        ([header(m.PROTOCOL_VERSION, "ping", {}, [])], r"not \[version"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], {})], r"not \[version"),
+        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 3"),
+        ([header(m.PROTOCOL_VERSION, "pong!", [], [])], "unknown kind of message 'pong!'"),
+        ([header(m.PROTOCOL_VERSION, ["ping"], [], [])], "unknown kind of message a value of type list"),
+        ([header(m.PROTOCOL_VERSION, "ping", [1], [])], "ping with 1 values; expected 0"),
+        ([header(m.PROTOCOL_VERSION, "release", [1], [])], "with 1 values; expected 2: round_num, reason"),
+        (gradient(step=1.0), "step is 1.0, expected an int"),
+        (gradient(step=False), "step is False, expected an int"),
+        (gradient(step=-1), "step is -1"),
+        (gradient(step=2**64 - 1), "step is 18446744073709551615"),
+        (gradient(held=float("inf")), "held_seconds is inf"),
+        (gradient(held=False), "held_seconds is False, expected a float"),
+        (gradient(held=1e300), r"held_seconds is 1e\+300"),
         (gradient(specs=[]), "announces 0 tensors and brings 1 frames"),
         (gradient(specs=[5]), "5 as a tensor spec"),
-        (gradient(specs=[SPEC[:3]]), "as a tensor spec"),
-        (gradient(specs=[["gradient", [], "float32", [1]]]), "expected two strings"),
-        (gradient(specs=[[{}, "", "float32", [1]]]), "expected two strings"),
-        (gradient(specs=[["gradient", "x", "float32", [1]]]), "unknown or repeated tensor 'gradient' 'x'"),
-        (gradient(specs=[["labels", "", "float32", [1]]]), "unknown or repeated tensor 'labels'"),
-        (gradient(specs=[["step", "", "float32", [1]]]), "unknown or repeated tensor 'step'"),
-        (gradient(specs=[["gradient", "", "object", [1]]]), "tensor of type 'object'"),
-        (gradient(specs=[["gradient", "", ["float32"], [1]]]), "tensor of type a value of type list"),
-        (gradient(specs=[["gradient", "", "float32", [2]]]), "needs 8 bytes, its frame has 4"),
-        (gradient(specs=[["gradient", "", "float32", [0]]]), "needs 0 bytes, its frame has 4"),
-        (gradient(specs=[["gradient", "", "float32", [-1]]]), "-1, expected 0 to"),
-        (gradient(specs=[["gradient", "", "float32", 1]]), "expected a sequence"),
-        (gradient(specs=[["gradient", "", "float32", [1] * 9]]), "9 entries, the limit is 8"),
+        (gradient(specs=[SPEC[:4]]), "as a tensor spec"),
+        (gradient(specs=[[*SPEC[:4], 1]]), "channels last 1, expected a bool"),
+        (gradient(specs=[[*SPEC[:4], True]]), "channels last True, expected a bool, and True only of 4 dimensions"),
+        (gradient(specs=[["gradient", [], "float32", [1], False]]), "expected two strings"),
+        (gradient(specs=[[{}, "", "float32", [1], False]]), "expected two strings"),
+        (gradient(specs=[["gradient", "x", "float32", [1], False]]), "unknown or repeated tensor 'gradient' 'x'"),
+        (gradient(specs=[["labels", "", "float32", [1], False]]), "unknown or repeated tensor 'labels'"),
+        (gradient(specs=[["step", "", "float32", [1], False]]), "unknown or repeated tensor 'step'"),
+        (gradient(specs=[["gradient", "", "object", [1], False]]), "tensor of type 'object'"),
+        (gradient(specs=[["gradient", "", ["float32"], [1], False]]), "tensor of type a value of type list"),
+        (gradient(specs=[["gradient", "", "float32", [2], False]]), "needs 8 bytes, its frame has 4"),
+        (gradient(specs=[["gradient", "", "float32", [0], False]]), "needs 0 bytes, its frame has 4"),
+        (gradient(specs=[["gradient", "", "float32", [-1], False]]), "-1, expected 0 to"),
+        (gradient(specs=[["gradient", "", "float32", 1, False]]), "expected a sequence"),
+        (gradient(specs=[["gradient", "", "float32", [1] * 9, False]]), "9 entries, the limit is 8"),
         # 2**16 ** 4 = 2**64 elements: 0 bytes in 64-bit arithmetic that overflows
-        (gradient(specs=[["gradient", "", "uint8", [2**16] * 4]]), "exceeds 603979776 bytes"),
+        (gradient(specs=[["gradient", "", "uint8", [2**16] * 4, False]]), "exceeds 603979776 bytes"),
         # no elements, but numpy multiplies the other dimensions and would raise its own error
-        ([gradient(specs=[["gradient", "", "uint8", [0] + [2**29] * 7]])[0], b""], "exceeds 603979776 bytes"),
-        ([gradient(specs=[["gradient", "", "bool", [2]]])[0], b"\x01\x02"], "neither 0 nor 1"),
+        ([gradient(specs=[["gradient", "", "uint8", [0] + [2**29] * 7, False]])[0], b""], "exceeds 603979776 bytes"),
+        ([gradient(specs=[["gradient", "", "bool", [2], False]])[0], b"\x01\x02"], "neither 0 nor 1"),
         ([*gradient(specs=[SPEC, SPEC]), b"\0\0\0\0"], "repeated tensor 'gradient'"),
-        ([header(m.PROTOCOL_VERSION, "gradient", GRADIENT_FIELDS, [])], r"without the tensor \['gradient'\]"),
+        ([header(m.PROTOCOL_VERSION, "gradient", GRADIENT_VALUES, [])], r"without the tensor \['gradient'\]"),
         (
             [
                 header(
                     m.PROTOCOL_VERSION,
                     "update",
-                    {"round_num": 0, "num_samples": 0, "compute_seconds": 0.0, "transfer_seconds": 0.0, "metrics": {}},
-                    [["state", "w", "int8", [1]], ["state", "w", "int8", [1]]],
+                    [0, 0, 0.0, 0.0, {}],
+                    [["state", "w", "int8", [1], False], ["state", "w", "int8", [1], False]],
                 ),
                 b"\0",
                 b"\0",
@@ -463,8 +484,8 @@ def test_the_untouched_gradient_is_legal() -> None:
                 header(
                     m.PROTOCOL_VERSION,
                     "features",
-                    {"round_num": 0, "step": 0},
-                    [["features", "", "int8", [2, 1]], ["labels", "", "int64", [1]]],
+                    [0, 0],
+                    [["features", "", "int8", [2, 1], False], ["labels", "", "int64", [1], False]],
                 ),
                 b"\0\0",
                 b"\0" * 8,

@@ -45,6 +45,10 @@ def update(run: RunCodecs, state: dict[str, Any] = STATE, worker_id: str = "a") 
     return run.encode_update(Update(100, 16, 1.0, 1.0, state, {}), worker_id)
 
 
+def gradient(run: RunCodecs, x: Any) -> Gradient:
+    return Gradient(100, 0, 0.5, *run.encode_gradient(x, "a", 100, 0))
+
+
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8", "fp8", "topk(0.5)"])
 def test_features_and_gradients_come_back_as_their_codec_leaves_them(name: str) -> None:
     run = codecs(name, name)
@@ -52,9 +56,8 @@ def test_features_and_gradients_come_back_as_their_codec_leaves_them(name: str) 
     received = run.decode_features(sent, SHAPE)
     assert received.features.shape == SHAPE and received.features.dtype == np.float32 and not received.parts
     assert np.abs(received.features - X).max() <= (np.abs(X).max() if name.startswith("topk") else 0.2)
-    answer = over_the_wire(run.encode_gradient(Gradient(100, 0, 0.5, X), "a"))
-    gradient = run.decode_gradient(answer, SHAPE)
-    assert gradient.shape == SHAPE and gradient.dtype == np.float32
+    arrived = run.decode_gradient(over_the_wire(gradient(run, X)), SHAPE)
+    assert arrived.shape == SHAPE and arrived.dtype == np.float32
 
 
 def test_without_a_codec_the_memory_itself_is_sent_and_nothing_besides() -> None:
@@ -69,7 +72,7 @@ def test_without_a_codec_the_memory_itself_is_sent_and_nothing_besides() -> None
 def test_an_empty_gradient_stays_one_whatever_the_codec() -> None:
     none = np.zeros(0, np.float32)
     run = codecs(gradients="int8")
-    sent = over_the_wire(run.encode_gradient(Gradient(100, 0, 0.5, none), "a"))
+    sent = over_the_wire(gradient(run, none))
     assert run.decode_gradient(sent, SHAPE).shape == (0,)
 
 
@@ -172,4 +175,4 @@ def test_parts_are_refused_where_there_is_no_codec() -> None:
     with pytest.raises(RemoteProtocolError, match="'values' twice"):
         PLAIN.decode_features(dataclasses.replace(features(), parts={"values": X}), SHAPE)
     with pytest.raises(RemoteProtocolError, match=r"sent a gradient float16\(2, 3, 4\), expected float32"):
-        PLAIN.decode_gradient(coded.encode_gradient(Gradient(100, 0, 0.0, X), "a"), SHAPE)
+        PLAIN.decode_gradient(gradient(coded, X), SHAPE)

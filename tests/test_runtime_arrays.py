@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mergesfl.errors import ConfigError
-from mergesfl.runtime.arrays import arrays_to_state, state_to_arrays, to_array, to_tensor, to_tensors
+from mergesfl.runtime.arrays import arrays_to_state, borrowed_tensor, state_to_arrays, to_array, to_tensor, to_tensors
+from mergesfl.training.merging import joined
 
 CPU = torch.device("cpu")
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -39,6 +40,43 @@ def test_a_tensor_is_aligned_wherever_the_frame_begins(offset_bytes: int) -> Non
     memory[:] = 0
     assert torch.equal(tensor, torch.arange(32.0).reshape(4, 8))  # it owns its memory
     tensor += 1  # and may be written to, though the frame may not
+
+
+@pytest.mark.parametrize("offset_bytes", [0, 4, 32])
+def test_what_is_only_read_is_borrowed_where_it_is_aligned(offset_bytes: int) -> None:
+    memory = np.zeros(256, np.uint8)
+    begin = -memory.ctypes.data % 64 + offset_bytes
+    array = np.ndarray((4, 8), np.float32, buffer=memory.data, offset=begin)
+    array[:] = np.arange(32).reshape(4, 8)
+    array.flags.writeable = False
+    tensor = borrowed_tensor(array, CPU)
+    assert torch.equal(tensor, torch.arange(32.0).reshape(4, 8)) and tensor.data_ptr() % 64 == 0
+    assert (tensor.data_ptr() == array.ctypes.data) == (offset_bytes == 0)
+    assert not array.flags.writeable
+
+
+def test_read_only_memory_is_not_borrowed() -> None:
+    array = np.frombuffer(bytes(128), np.float32)
+    assert borrowed_tensor(array, CPU).data_ptr() != array.ctypes.data
+
+
+def test_channels_last_stay_so_without_a_copy() -> None:
+    tensor = torch.arange(120.0).reshape(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    array = to_array(tensor)
+    assert array.ctypes.data == tensor.data_ptr() and array.shape == (2, 3, 4, 5)
+    back = to_tensor(array, CPU)
+    assert torch.equal(back, tensor) and back.stride() == tensor.stride() and back.data_ptr() != tensor.data_ptr()
+    wide = torch.arange(256.0).reshape(2, 4, 8, 4).contiguous(memory_format=torch.channels_last)
+    parts = to_tensors([to_array(wide), to_array(wide + 1)], CPU)  # 512 bytes each: slices of one tensor
+    whole = joined(parts)
+    assert whole.data_ptr() == parts[0].data_ptr() and whole.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(whole, torch.cat([wide, wide + 1]))
+
+
+def test_slices_of_two_orders_are_copied_when_they_are_joined() -> None:
+    wide = torch.arange(256.0).reshape(2, 4, 8, 4)
+    last = wide.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(joined(to_tensors([to_array(wide), to_array(last)], CPU)), torch.cat([wide, wide]))
 
 
 def test_scalars_and_empty_arrays_keep_their_shape() -> None:

@@ -495,7 +495,7 @@ def test_features_and_update_are_of_the_codecs_that_the_server_names(stages: Cal
         features = stage.expect(Features)
         assert (features.features.dtype, sorted(features.parts)) == (np.uint8, ["scale", "zero"])
         x = run.decode_features(features, features.features.shape).features
-        stage.say(run.encode_gradient(Gradient(100, step, 0.0, x), "a"))
+        stage.say(Gradient(100, step, 0.0, *run.encode_gradient(x, "a", 100, step)))
     update = stage.expect(Update)
     assert run.decode_update(update).state.keys() == asked.state.keys()
     assert {array.dtype.name for array in update.parts.values()} == {"int16"}

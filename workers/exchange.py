@@ -18,7 +18,7 @@ from torch import Tensor
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Features, Gradient
-from mergesfl.runtime.arrays import to_array, to_tensor
+from mergesfl.runtime.arrays import borrowed_tensor, to_array
 from mergesfl.runtime.clock import Clock
 from workers.link import Link, SessionLostError
 from workers.pace import Pace, Stretch
@@ -78,7 +78,7 @@ class TimedExchange:
         except RemoteProtocolError as error:
             raise SessionLostError(f"the server {error}") from error
         self._num_owed_samples = len(labels) if gradient.size else 0  # an empty one: nothing to go back through
-        return to_tensor(gradient, self._device)
+        return borrowed_tensor(gradient, self._device)
 
     def finish(self, num_steps: int) -> None:
         """Ends the last stretch of computing and settles what is reported for the round."""

@@ -1,4 +1,8 @@
-"""Numpy array <-> one raw frame: the elements, little-endian, in C order, and nothing else. [ours]"""
+"""Numpy array <-> one raw frame: the elements, little-endian, in C order or channels last, and nothing else. [ours]
+
+Channels last: of an array (n, c, h, w) the elements in the order of (n, h, w, c), as torch's convolutions on a CPU
+leave them. Sent as they lie they need not be put in order, and back again at the other end.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "bool": np.dtype("?"),
 }
 
+_LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # axes of (n, h, w, c) in (n, c, h, w), and back
 _NAME_OF = {order: name for name, dtype in DTYPES.items() for order in (dtype, dtype.newbyteorder())}
 
 
@@ -45,13 +50,23 @@ def checked(what: str, array: object, limits: Limits) -> Array:
     return array
 
 
-def lent(array: Array) -> memoryview:
-    """The memory of the array as bytes; copied only if it is not C-contiguous or not little-endian."""
-    plain = np.ascontiguousarray(array, dtype=DTYPES[dtype_name(array.dtype)])
-    return plain.reshape(-1).view(np.uint8).data
+def is_channels_last(array: Array) -> bool:
+    """Whether the memory of this array (n, c, h, w) is that of a C-contiguous (n, h, w, c), and not C-contiguous."""
+    return array.ndim == 4 and not array.flags.c_contiguous and array.transpose(_LAST).flags.c_contiguous
 
 
-def viewed(frame: memoryview, type_name: object, dimensions: object, limits: Limits) -> Array:
+def lent(array: Array) -> tuple[memoryview, bool]:
+    """The memory of the array as bytes, and whether its channels come last in it.
+
+    Copied only if it is neither C-contiguous nor channels last, or not little-endian.
+    """
+    channels_last = is_channels_last(array)
+    plain = array.transpose(_LAST) if channels_last else array
+    plain = np.ascontiguousarray(plain, dtype=DTYPES[dtype_name(array.dtype)])
+    return plain.reshape(-1).view(np.uint8).data, channels_last
+
+
+def viewed(frame: memoryview, type_name: object, dimensions: object, channels_last: object, limits: Limits) -> Array:
     """The read-only array in a frame of which nothing is known yet."""
     if type(type_name) is not str or type_name not in DTYPES:
         raise IllegalValue(f"tensor of type {shown(type_name)}, legal are {', '.join(DTYPES)}")
@@ -61,13 +76,18 @@ def viewed(frame: memoryview, type_name: object, dimensions: object, limits: Lim
     num_bytes = math.prod(extent) * dtype.itemsize
     if frame.nbytes != num_bytes:
         raise IllegalValue(f"tensor {type_name} {list(extent)} needs {num_bytes} bytes, its frame has {frame.nbytes}")
-    array: Array = np.ndarray(extent, dtype, buffer=frame)
+    if type(channels_last) is not bool or (channels_last and len(extent) != 4):
+        raise IllegalValue(
+            f"tensor {type_name} {list(extent)} with channels last {shown(channels_last)}, "
+            "expected a bool, and True only of 4 dimensions"
+        )
+    array: Array = np.ndarray(tuple(extent[axis] for axis in _LAST) if channels_last else extent, dtype, buffer=frame)
     if not array.flags.aligned:
         array = array.copy()
     array.flags.writeable = False
     if type_name == "bool" and array.view(np.uint8).max(initial=0) > 1:
         raise IllegalValue("tensor of type bool with an element that is neither 0 nor 1")
-    return array
+    return array.transpose(_FIRST) if channels_last else array
 
 
 def _check_extent(extent: tuple[int, ...], dtype: np.dtype[Any], limits: Limits) -> None:

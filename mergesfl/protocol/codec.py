@@ -1,9 +1,11 @@
 """Message <-> frames. One msgpack header, then one raw frame per tensor.
 
-    frame 0      msgpack [version, kind, {field: value}, [[field, key, dtype, shape], ...]]
-    frame 1...   the elements of each tensor, in the order of the specs: little-endian, C order, nothing else
+    frame 0      msgpack [version, kind, [value, ...], [[field, key, dtype, shape, channels_last], ...]]
+    frame 1...   the elements of each tensor, in the order of the specs: little-endian, nothing else; in C order, or
+                 channels_last: those of shape (n, c, h, w) in the order of (n, h, w, c)
 
-`key` is the name within a state or among parts, "" for a field that is one tensor. Two rules:
+The values are those of the message's other fields, in the order of its record. `key` is the name within a state or
+among parts, "" for a field that is one tensor. Two rules:
 
 1. Whatever bytes arrive, `decode` returns a message or raises RemoteProtocolError, and holds memory in proportion to
    the frames it was given.
@@ -83,8 +85,8 @@ _PLAIN_FIELDS = {
 def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
     """The frames of a message.
 
-    A tensor frame is a view of the array's own memory where the array is C-contiguous and little-endian, else a copy:
-    whoever sends the frames lends that memory and must not change it until the message has left.
+    A tensor frame is a view of the array's own memory where that is little-endian and in one of the two orders, else a
+    copy: whoever sends the frames lends that memory and must not change it until the message has left.
 
     Raises:
         LocalProtocolError: the message breaks a rule or a limit: our bug.
@@ -119,14 +121,15 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
 
 
 def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
-    values: dict[str, object] = {}
-    specs: list[tuple[str, str, str, tuple[int, ...]]] = []
+    values: list[object] = []
+    specs: list[tuple[str, str, str, tuple[int, ...], bool]] = []
     tensors: list[Frame] = []
 
     def add(field: str, key: str, array: object) -> None:
         plain = checked(f"{field} {key}" if key else field, array, limits)
-        specs.append((field, key, dtype_name(plain.dtype), plain.shape))
-        tensors.append(lent(plain))
+        frame, channels_last = lent(plain)
+        specs.append((field, key, dtype_name(plain.dtype), plain.shape, channels_last))
+        tensors.append(frame)
 
     for field in _FIELDS[kind]:
         value = getattr(message, field)
@@ -138,7 +141,7 @@ def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
             for key, array in value.items():
                 add(field, _named(f"name in {field}", key, limits), array)
         else:
-            values[field] = _ruled(field, value, limits)
+            values.append(_ruled(field, value, limits))
     _check_whole(message)
     header: bytes = msgpack.packb([PROTOCOL_VERSION, kind, values, specs], use_bin_type=True)
     frames: list[Frame] = [header, *tensors]
@@ -150,23 +153,24 @@ def _decode(frames: list[memoryview], limits: Limits) -> Message:
     _check_sizes(frames, limits)
     kind, values, specs = _parsed(frames[0], limits)
     expected = _PLAIN_FIELDS[kind]
-    if values.keys() != set(expected):
-        odd = sorted(map(shown, values.keys() ^ set(expected)))[:4]
-        raise IllegalValue(f"{kind} with missing or unknown fields {', '.join(odd)}; expected {expected}")
+    if len(values) != len(expected):
+        raise IllegalValue(f"{kind} with {len(values)} values; expected {len(expected)}: {', '.join(expected)}")
     if len(specs) != len(frames) - 1:
         raise IllegalValue(f"{kind} announces {len(specs)} tensors and brings {len(frames) - 1} frames")
-    content: dict[str, Any] = {field: _ruled(field, values[field], limits) for field in expected}
+    content: dict[str, Any] = {
+        field: _ruled(field, value, limits) for field, value in zip(expected, values, strict=True)
+    }
     states: dict[str, dict[str, Array]] = {field: {} for field in _FIELDS[kind] if field in STATE_FIELDS}
     for spec, frame in zip(specs, frames[1:], strict=True):
-        if type(spec) is not list or len(spec) != 4:
-            raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape]")
-        field, key, type_name, dimensions = spec
+        if type(spec) is not list or len(spec) != 5:
+            raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape, channels_last]")
+        field, key, *described = spec
         if type(field) is not str or type(key) is not str:
             raise IllegalValue(f"{kind} with a tensor named {shown(field)} {shown(key)}, expected two strings")
         if field in states and key not in states[field]:
-            states[field][_named(f"name in {field}", key, limits)] = viewed(frame, type_name, dimensions, limits)
+            states[field][_named(f"name in {field}", key, limits)] = viewed(frame, *described, limits)
         elif field in ARRAY_FIELDS and field in _FIELDS[kind] and key == "" and field not in content:
-            content[field] = viewed(frame, type_name, dimensions, limits)
+            content[field] = viewed(frame, *described, limits)
         else:
             raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
     content |= states
@@ -177,8 +181,8 @@ def _decode(frames: list[memoryview], limits: Limits) -> Message:
     return message
 
 
-def _parsed(header: memoryview, limits: Limits) -> tuple[str, dict[str, object], list[object]]:
-    """Kind, fields and tensor specs of a header whose values are still unchecked."""
+def _parsed(header: memoryview, limits: Limits) -> tuple[str, list[object], list[object]]:
+    """Kind, values and tensor specs of a header whose values are still unchecked."""
     try:
         parts = msgpack.unpackb(
             header,
@@ -189,16 +193,16 @@ def _parsed(header: memoryview, limits: Limits) -> tuple[str, dict[str, object],
             max_bin_len=0,
             max_ext_len=0,
             max_array_len=max(limits.max_sequence_length, limits.max_tensors),
-            max_map_len=max(limits.max_map_entries, 16),  # 16: no message has as many fields
+            max_map_len=limits.max_map_entries,
         )
     except Exception as error:  # whatever the foreign parser raises: ValueError, RecursionError, its own types ...
         raise IllegalValue(f"header of {header.nbytes} bytes is no msgpack: {str(error)[:200]}") from None
     if type(parts) is not list or not parts or type(parts[0]) is not int:
-        raise IllegalValue("header is not [version, kind, fields, tensors]")
+        raise IllegalValue("header is not [version, kind, values, tensors]")
     if parts[0] != PROTOCOL_VERSION:
         raise IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
-    if len(parts) != 4 or type(parts[2]) is not dict or type(parts[3]) is not list:
-        raise IllegalValue("header is not [version, kind, fields, tensors]")
+    if len(parts) != 4 or type(parts[2]) is not list or type(parts[3]) is not list:
+        raise IllegalValue("header is not [version, kind, values, tensors]")
     if type(parts[1]) is not str or parts[1] not in KINDS:
         raise IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
     return parts[1], parts[2], parts[3]

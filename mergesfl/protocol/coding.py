@@ -75,15 +75,13 @@ class RunCodecs:
     def decode_features(self, message: Features, shape: tuple[int, ...]) -> Features:
         """The message with float32 features of this shape (d, F...). Raises RemoteProtocolError."""
         features = _decoded("features", self._features, message.features, message.parts, shape)
-        return replace(message, features=features, parts={})
+        return message if features is message.features else replace(message, features=features, parts={})
 
-    def encode_gradient(self, message: Gradient, worker_id: str) -> Gradient:
-        """The message as it is sent; its gradient is float32 (d, F...), or (0,)."""
-        if not message.gradient.size or isinstance(self._gradients, Fp32):
-            return message
-        generator = self._generator("gradient", worker_id, message.round_num, message.step)
-        values, parts = _encoded(self._gradients, message.gradient, generator)
-        return replace(message, gradient=values, parts=parts)
+    def encode_gradient(self, gradient: Array, worker_id: str, round_num: int, step: int) -> tuple[Array, State]:
+        """(gradient, parts) of a Gradient in this wire round, of a float32 gradient (d, F...), or (0,)."""
+        if not gradient.size or isinstance(self._gradients, Fp32):
+            return gradient, {}
+        return _encoded(self._gradients, gradient, self._generator("gradient", worker_id, round_num, step))
 
     def decode_gradient(self, message: Gradient, shape: tuple[int, ...]) -> Array:
         """The float32 gradient of this shape (d, F...), or an empty one. Raises RemoteProtocolError."""

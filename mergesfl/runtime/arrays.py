@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,18 +11,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergesfl.errors import ConfigError
+from mergesfl.protocol.arrays import is_channels_last
 
 Array = NDArray[np.generic]
 ALIGNMENT_BYTES = 64  # of memory that torch allocates (c10/core/alignment.h)
 
 
 def to_array(tensor: Tensor) -> Array:
-    """A contiguous array with the values of the tensor; it shares memory with a contiguous tensor in main memory.
+    """An array with the values of the tensor, C-contiguous or, if the tensor (n, c, h, w) is so, channels last.
 
-    Raises ConfigError for a dtype that numpy lacks (bfloat16, float8).
+    It shares memory with such a tensor in main memory. Raises ConfigError for a dtype that numpy lacks (bfloat16,
+    float8).
     """
+    tensor = tensor.detach().to("cpu")
+    if not _is_channels_last(tensor):
+        tensor = tensor.contiguous()
     try:
-        array: Array = tensor.detach().to("cpu").contiguous().numpy()
+        array: Array = tensor.numpy()
     except TypeError:
         raise ConfigError(f"a tensor of {tensor.dtype} cannot be sent: convert the model to float32") from None
     return array
@@ -29,10 +35,22 @@ def to_array(tensor: Tensor) -> Array:
 
 def to_tensor(array: Array, device: torch.device) -> Tensor:
     """A tensor that owns its memory, aligned by torch: the bytes of a received frame may begin anywhere, and kernels
-    that choose their path by alignment would make the last bit depend on the transport."""
-    tensor = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype)
+    that choose their path by alignment would make the last bit depend on the transport. Channels last where the array
+    is so."""
+    tensor = _empty(array.shape, array.dtype, is_channels_last(array))
     np.copyto(tensor.numpy(), array)
     return tensor.to(device)
+
+
+def borrowed_tensor(array: Array, device: torch.device) -> Tensor:
+    """`to_tensor` of what is only read: it shares the array's memory where that is aligned as torch aligns its own."""
+    view = array.view()
+    try:
+        view.flags.writeable = True  # torch knows no read-only tensors, and warns of a read-only array
+    except ValueError:
+        return to_tensor(array, device)
+    tensor = torch.from_numpy(view)
+    return to_tensor(array, device) if tensor.data_ptr() % ALIGNMENT_BYTES else tensor.to(device)
 
 
 def to_tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
@@ -44,10 +62,24 @@ def to_tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     if not arrays or any(array.nbytes % ALIGNMENT_BYTES for array in arrays):
         return [to_tensor(array, device) for array in arrays]
     num_rows = sum(len(array) for array in arrays)
-    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-    whole = torch.empty((num_rows, *arrays[0].shape[1:]), dtype=dtype)  # (D, F...)
+    channels_last = all(is_channels_last(array) for array in arrays)
+    whole = _empty((num_rows, *arrays[0].shape[1:]), arrays[0].dtype, channels_last)  # (D, F...)
     np.concatenate(arrays, out=whole.numpy())
     return list(torch.split(whole.to(device), [len(array) for array in arrays]))
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[np.generic], channels_last: bool) -> Tensor:
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=_torch_type(dtype), memory_format=order)
+
+
+@functools.cache
+def _torch_type(dtype: np.dtype[np.generic]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def state_to_arrays(state: Mapping[str, Tensor]) -> dict[str, Array]:

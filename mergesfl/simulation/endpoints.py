@@ -1,6 +1,7 @@
 """The endpoints of a simulated fleet: memory endpoints whose frames arrive when the simulated network says so.
 
-As over mergesfl.transport.memory every frame is copied once, and a peer that has closed is known to be gone at once.
+As over mergesfl.transport.memory small frames are copied and large ones lent, and a peer that has closed is known to be
+gone at once.
 """
 
 from __future__ import annotations
@@ -12,13 +13,9 @@ from mergesfl.errors import TransportError
 from mergesfl.protocol.codec import wire_bytes
 from mergesfl.simulation.events import EventLoop, Mailbox
 from mergesfl.simulation.network import Device, Link, SharedPipe
-from mergesfl.transport.base import Frames
+from mergesfl.transport.base import Frames, carried
 
 Packet = list[memoryview]
-
-
-def _copied(frames: Frames) -> Packet:
-    return [memoryview(bytes(frame)) for frame in frames]
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Network:
             self._disconnect(peer)
 
     def _up(self, peer: bytes, frames: Frames) -> None:
-        packet = _copied(frames)
+        packet = [carried(frame) for frame in frames]
         link = self._connection(peer).up
         self._ingress.send(link, wire_bytes(packet), lambda: self._inbox.put((peer, packet)))
 
@@ -82,7 +79,7 @@ class Network:
         connection = self._connections.get(peer)
         if connection is None:
             raise TransportError(f"peer {peer.hex()} is unreachable; drop it")
-        packet = _copied(frames)
+        packet = [carried(frame) for frame in frames]
         self._egress.send(connection.down, wire_bytes(packet), lambda: connection.mailbox.put(packet))
 
     def _connection(self, peer: bytes) -> _Connection:

@@ -7,7 +7,6 @@ the other per direction. What is small travels beside the others, in the latency
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,7 +47,10 @@ class Link:
 
     device: Device
     queue: deque[_Message] = field(default_factory=deque)  # the first one is on its way
-    bytes_per_second: float = 0.0  # of the first one, now
+    limit_bytes_per_second: float = 0.0  # what the link itself takes of the first one
+    bytes_per_second: float = 0.0  # its share of the server's capacity, since settled_seconds
+    settled_seconds: float = 0.0
+    arrival: Event | None = None  # of the first one, if nothing changes
     is_cut: bool = False
 
 
@@ -64,30 +66,30 @@ class SharedPipe:
         self._loop = loop
         self._capacity_bytes_per_second = capacity_bytes_per_second
         self._busy: dict[int, Link] = {}  # in the order in which they became so
-        self._settled_seconds = loop.now_seconds()
-        self._next: Event | None = None
 
     def send(self, link: Link, num_bytes: int, deliver: Callable[[], None]) -> None:
         """Carries one message; `deliver` is called when its last byte has arrived, unless the link is cut before."""
         if num_bytes <= SMALL_MESSAGE_BYTES and not link.queue:
             self._arrive(link, deliver)
             return
-        self._settle()
         link.queue.append(_Message(float(num_bytes), link.device.transfer_factor(), deliver))
-        self._busy.setdefault(id(link), link)
-        self._share()
+        if len(link.queue) == 1:
+            self._busy[id(link)] = link
+            self._limit(link)
+            self._share()
 
     def cut(self, link: Link) -> None:
         """Drops all that is on its way on this link."""
-        self._settle()
         link.is_cut = True
         link.queue.clear()
-        self._busy.pop(id(link), None)
-        self._share()
+        if self._busy.pop(id(link), None) is not None:
+            self._give(link, 0.0)
+            self._share()
 
     def rates_changed(self) -> None:
-        """To be called when a device's link rate has changed (a new round, a trace)."""
-        self._settle()
+        """To be called when a device's link rate has changed while something may be on its way (a trace)."""
+        for link in self._busy.values():
+            self._limit(link)
         self._share()
 
     def _arrive(self, link: Link, deliver: Callable[[], None]) -> None:
@@ -97,41 +99,39 @@ class SharedPipe:
 
         self._loop.call_at(self._loop.now_seconds() + link.device.latency_seconds, arrive)
 
-    def _settle(self) -> None:
-        """Books what has been carried since the rates were last changed."""
-        now_seconds = self._loop.now_seconds()
-        elapsed_seconds = now_seconds - self._settled_seconds
-        self._settled_seconds = now_seconds
-        if elapsed_seconds > 0:
-            for link in self._busy.values():
-                first = link.queue[0]
-                first.num_bytes = max(first.num_bytes - link.bytes_per_second * elapsed_seconds, 0.0)
+    def _limit(self, link: Link) -> None:
+        """What the link takes of its first message, at the device's present rate."""
+        link.limit_bytes_per_second = link.device.link_bytes_per_second / link.queue[0].factor
 
     def _share(self) -> None:
-        """Gives every busy link its fair share and plans the next arrival."""
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
-        if not self._busy:
-            return
-        links = list(self._busy.values())
-        limits = [link.device.link_bytes_per_second / link.queue[0].factor for link in links]
+        """Gives every busy link its fair share. Only those whose share is another one now are planned anew."""
+        limits = [link.limit_bytes_per_second for link in self._busy.values()]
         shares = max_min_shares(limits, self._capacity_bytes_per_second)
-        least_seconds, first = math.inf, links[0]
-        for link, share in zip(links, shares, strict=True):
-            link.bytes_per_second = share
-            seconds = link.queue[0].num_bytes / share if share > 0 else math.inf
-            if seconds < least_seconds:
-                least_seconds, first = seconds, link
-        if math.isfinite(least_seconds):
-            self._next = self._loop.call_at(self._loop.now_seconds() + least_seconds, lambda: self._finish(first))
+        for link, share in zip(self._busy.values(), shares, strict=True):
+            if share != link.bytes_per_second:
+                self._give(link, share)
+
+    def _give(self, link: Link, share_bytes_per_second: float) -> None:
+        """Books what the link has carried at its old rate, and plans when it is through at the new one."""
+        now_seconds = self._loop.now_seconds()
+        if link.arrival is not None:
+            link.arrival.cancel()
+            link.arrival = None
+        if link.queue:
+            first = link.queue[0]
+            first.num_bytes = max(first.num_bytes - link.bytes_per_second * (now_seconds - link.settled_seconds), 0.0)
+            if share_bytes_per_second > 0:
+                through_seconds = now_seconds + first.num_bytes / share_bytes_per_second
+                link.arrival = self._loop.call_at(through_seconds, lambda: self._finish(link))
+        link.bytes_per_second, link.settled_seconds = share_bytes_per_second, now_seconds
 
     def _finish(self, link: Link) -> None:
         """The first message of this link is through."""
-        self._next = None
-        self._settle()
         message = link.queue.popleft()
-        if not link.queue:
+        link.arrival, link.bytes_per_second = None, 0.0
+        if link.queue:
+            self._limit(link)
+        else:
             del self._busy[id(link)]
         self._arrive(link, message.deliver)
         self._share()

@@ -72,7 +72,8 @@ def joined(slices: Sequence[Tensor]) -> Tensor:
     first, offset = slices[0], slices[0].storage_offset()
     for one in slices:
         if not (
-            one.is_contiguous()
+            (one.is_contiguous() or (one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)))
+            and one.stride()[1:] == first.stride()[1:]
             and one.storage_offset() == offset
             and one.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         ):

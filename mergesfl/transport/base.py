@@ -1,6 +1,8 @@
 """What an endpoint can do, whatever carries the frames: TCP and IPC (zeromq.py) or queues in one process (memory.py).
 
-A message on the wire is a list of frames: bytes-like objects, the header first (see mergesfl.protocol.codec).
+A message on the wire is a list of frames: bytes-like objects, the header first (see mergesfl.protocol.codec). Small
+frames are copied when they are sent; large ones are LENT, by every transport: whoever sends them never changes their
+memory again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,14 @@ from typing import Protocol
 Frame = bytes | bytearray | memoryview
 Frames = Sequence[Frame]
 
+LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
+
+
+def carried(frame: Frame) -> memoryview:
+    """What arrives in the same process of a frame that was sent: itself, or a copy if it is small."""
+    view = memoryview(frame)
+    return view if view.nbytes >= LEND_BYTES else memoryview(bytes(view))
+
 
 class ServerEndpoint(Protocol):
     """The parameter server's end: one endpoint, many peers. Not thread-safe: one thread owns it."""
@@ -20,7 +30,7 @@ class ServerEndpoint(Protocol):
         """The address workers connect to, with the real port when port * or 0 was asked for."""
 
     def send(self, peer: bytes, frames: Frames) -> None:
-        """Queues one message for one peer. Frames of 64 KiB and more are lent, not copied: do not change them.
+        """Queues one message for one peer. Frames of LEND_BYTES and more are lent, not copied: do not change them.
 
         Raises TransportError at once when the peer is gone or its queue is full.
         """
@@ -36,7 +46,7 @@ class WorkerEndpoint(Protocol):
     """A worker's end: one connection to the parameter server, which may not be there yet."""
 
     def send(self, frames: Frames) -> bool:
-        """Queues one message; False when there is no connection now (nothing was queued: try again later)."""
+        """Queues one message, large frames lent; False when there is no connection now (try again)."""
 
     def recv(self, timeout_seconds: float) -> list[memoryview] | None:
         """The next message; None when the time is over (0: only look)."""

@@ -1,9 +1,8 @@
 """The same endpoints over queues in one process, for tests and simulations: no socket, no port, no second process.
 
-What crosses is the same frames as over ZeroMQ, and every frame is COPIED once when it is sent, as a wire would do: what
-has been sent does not change any more, and no two ends share an array. Differences from ZeroMQ: a peer that closes is
-known to be gone at once, and a server that closes takes its unread messages with it. Threads may share a hub; each
-endpoint belongs to one of them.
+What crosses is the same frames as over ZeroMQ; small ones are copied, large ones lent (base.py). Differences from
+ZeroMQ: a peer that closes is known to be gone at once, and a server that closes takes its unread messages with it.
+Threads may share a hub; each endpoint belongs to one of them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections import deque
 
 from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
 from mergesfl.protocol.limits import DEFAULT, Limits
-from mergesfl.transport.base import Frames
+from mergesfl.transport.base import Frames, carried
 
 Packet = list[memoryview]
 
@@ -64,11 +63,11 @@ class MemoryHub:
             self._mailboxes[peer] = _Mailbox(self._guard)
         return MemoryWorker(self, peer)
 
-    def _copied(self, frames: Frames) -> Packet:
-        """A copy of the frames, at most one more than the limit (the codec refuses that)."""
+    def _packed(self, frames: Frames) -> Packet:
+        """The frames as they arrive, at most one more than the limit (the codec refuses that)."""
         if not frames:
             raise LocalProtocolError("a message of 0 frames; send at least one (mergesfl.protocol.codec.encode)")
-        return [memoryview(bytes(frame)) for frame in frames[: self._limits.max_frames + 1]]
+        return [carried(frame) for frame in frames[: self._limits.max_frames + 1]]
 
 
 class MemoryServer:
@@ -89,7 +88,7 @@ class MemoryServer:
         Raises:
             TransportError: the peer is gone, or max_queued_messages are waiting for it.
         """
-        packet = self._hub._copied(frames)
+        packet = self._hub._packed(frames)
         with self._hub._guard:
             self._check_open()
             mailbox = self._hub._mailboxes.get(peer)
@@ -147,7 +146,7 @@ class MemoryWorker:
         Raises:
             TransportError: this endpoint is closed.
         """
-        packet = self._hub._copied(frames)
+        packet = self._hub._packed(frames)
         with self._hub._guard:
             self._mailbox()
             num_unread = self._hub._num_unread.get(self._peer, 0)

@@ -4,8 +4,8 @@ What libzmq does for us, in its own I/O thread: it connects again by itself, kee
 message whole or not at all, and asks a silent peer with heartbeats whether it still lives. What it does not: bound the
 number of frames of one message while it is under way. Only a peer that may connect can abuse that.
 
-A frame of 64 KiB and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the message has
-left. Frames that were received belong to the receiver. An endpoint belongs to one thread.
+A frame of LEND_BYTES and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the message
+has left. Frames that were received belong to the receiver. An endpoint belongs to one thread.
 
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
@@ -24,7 +24,7 @@ import zmq
 from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path
-from mergesfl.transport.base import Frame, Frames
+from mergesfl.transport.base import LEND_BYTES, Frame, Frames
 from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -34,7 +34,6 @@ Context = zmq.Context[zmq.Socket[bytes]]
 SERVER_UNREAD_MESSAGES = 8
 DRAIN_SECONDS = 0.2  # a server that closes waits so long for messages under way
 MAX_DRAINED_MESSAGES = 10_000
-LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
 
 
 class _Endpoint:
@@ -75,11 +74,11 @@ class _Endpoint:
         try:
             self._socket.setsockopt(zmq.RCVTIMEO, _milliseconds(timeout_seconds))
             part = self._socket.recv(copy=False)
-            frames = [part.buffer.toreadonly()]
+            frames = [part.buffer]
             while part.more:
                 part = self._socket.recv(copy=False)
                 if len(frames) < most:
-                    frames.append(part.buffer.toreadonly())
+                    frames.append(part.buffer)
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
