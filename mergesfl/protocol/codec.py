@@ -164,13 +164,15 @@ def _decode(frames: list[memoryview], limits: Limits) -> Message:
     for spec, frame in zip(specs, frames[1:], strict=True):
         if type(spec) is not list or len(spec) != 5:
             raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape, channels_last]")
-        field, key, *described = spec
+        field, key, type_name, dimensions, channels_last = spec
         if type(field) is not str or type(key) is not str:
             raise IllegalValue(f"{kind} with a tensor named {shown(field)} {shown(key)}, expected two strings")
         if field in states and key not in states[field]:
-            states[field][_named(f"name in {field}", key, limits)] = viewed(frame, *described, limits)
+            states[field][_named(f"name in {field}", key, limits)] = viewed(
+                frame, type_name, dimensions, channels_last, limits
+            )
         elif field in ARRAY_FIELDS and field in _FIELDS[kind] and key == "" and field not in content:
-            content[field] = viewed(frame, *described, limits)
+            content[field] = viewed(frame, type_name, dimensions, channels_last, limits)
         else:
             raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
     content |= states
