@@ -46,7 +46,7 @@ def checked(what: str, array: object, limits: Limits) -> Array:
         raise IllegalValue(f"{what} has the type {array.dtype}, legal are {', '.join(DTYPES)}")
     if array.ndim > limits.max_tensor_rank:
         raise IllegalValue(f"{what} has {array.ndim} dimensions, the limit is {limits.max_tensor_rank}")
-    _check_extent(array.shape, array.dtype, limits)
+    _extent_bytes(array.shape, array.dtype, limits)
     return array
 
 
@@ -72,8 +72,7 @@ def viewed(frame: memoryview, type_name: object, dimensions: object, channels_la
         raise IllegalValue(f"tensor of type {shown(type_name)}, legal are {', '.join(DTYPES)}")
     dtype = DTYPES[type_name]
     extent = shape(dimensions, limits)
-    _check_extent(extent, dtype, limits)
-    num_bytes = math.prod(extent) * dtype.itemsize
+    num_bytes = _extent_bytes(extent, dtype, limits)
     if frame.nbytes != num_bytes:
         raise IllegalValue(f"tensor {type_name} {list(extent)} needs {num_bytes} bytes, its frame has {frame.nbytes}")
     if type(channels_last) is not bool or (channels_last and len(extent) != 4):
@@ -90,9 +89,13 @@ def viewed(frame: memoryview, type_name: object, dimensions: object, channels_la
     return array.transpose(_FIRST) if channels_last else array
 
 
-def _check_extent(extent: tuple[int, ...], dtype: np.dtype[Any], limits: Limits) -> None:
-    """Python ints: no overflow. Empty dimensions count as 1, because numpy's own size check also skips them."""
-    num_elements = math.prod(extent) or math.prod(max(dimension, 1) for dimension in extent)
-    num_bytes = num_elements * dtype.itemsize
-    if num_bytes > limits.max_message_bytes:
+def _extent_bytes(extent: tuple[int, ...], dtype: np.dtype[Any], limits: Limits) -> int:
+    """What the elements take, if a message may be so large. Python ints: no overflow.
+
+    Empty dimensions count as 1 in the check, because numpy's own size check also skips them.
+    """
+    num_elements = math.prod(extent)
+    checked_elements = num_elements or math.prod([max(dimension, 1) for dimension in extent])
+    if checked_elements * dtype.itemsize > limits.max_message_bytes:
         raise IllegalValue(f"tensor {dtype} {list(extent)} exceeds {limits.max_message_bytes} bytes")
+    return num_elements * dtype.itemsize

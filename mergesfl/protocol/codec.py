@@ -117,7 +117,7 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
 
 def wire_bytes(frames: Sequence[Frame]) -> int:
     """Bytes of payload in these frames, header included; the transport's own framing is not."""
-    return sum(memoryview(frame).nbytes for frame in frames)
+    return sum([memoryview(frame).nbytes for frame in frames])
 
 
 def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
@@ -235,9 +235,10 @@ def _named(what: str, value: object, limits: Limits) -> str:
 def _check_sizes(frames: Sequence[Frame], limits: Limits) -> None:
     if not 1 <= len(frames) <= limits.max_frames:
         raise IllegalValue(f"message of {len(frames)} frames, expected 1 to {limits.max_frames}")
-    header_bytes, num_bytes = wire_bytes(frames[:1]), wire_bytes(frames)
+    header_bytes = memoryview(frames[0]).nbytes
     if header_bytes > limits.max_header_bytes:
         raise IllegalValue(f"header of {header_bytes} bytes, the limit is {limits.max_header_bytes}")
+    num_bytes = wire_bytes(frames)
     if num_bytes > limits.max_message_bytes:
         raise IllegalValue(f"message of {num_bytes} bytes, the limit is {limits.max_message_bytes}")
 

@@ -74,8 +74,10 @@ class RunCodecs:
 
     def decode_features(self, message: Features, shape: tuple[int, ...]) -> Features:
         """The message with float32 features of this shape (d, F...). Raises RemoteProtocolError."""
+        if _is_plain(self._features, message.features, message.parts, shape):
+            return message
         features = _decoded("features", self._features, message.features, message.parts, shape)
-        return message if features is message.features else replace(message, features=features, parts={})
+        return replace(message, features=features, parts={})
 
     def encode_gradient(self, gradient: Array, worker_id: str, round_num: int, step: int) -> tuple[Array, State]:
         """(gradient, parts) of a Gradient in this wire round, of a float32 gradient (d, F...), or (0,)."""
@@ -86,6 +88,8 @@ class RunCodecs:
     def decode_gradient(self, message: Gradient, shape: tuple[int, ...]) -> Array:
         """The float32 gradient of this shape (d, F...), or an empty one. Raises RemoteProtocolError."""
         if message.gradient.shape == (0,) and message.gradient.dtype == np.float32 and not message.parts:
+            return message.gradient
+        if _is_plain(self._gradients, message.gradient, message.parts, shape):
             return message.gradient
         return _decoded("a gradient", self._gradients, message.gradient, message.parts, shape)
 
@@ -144,6 +148,11 @@ class RunCodecs:
 
 
 PLAIN = RunCodecs(0, "fp32", "fp32", "fp32")  # sends everything as it is
+
+
+def _is_plain(codec: Codec, values: Array, others: State, shape: tuple[int, ...]) -> bool:
+    """Whether this is what it stands for: of most runs every message."""
+    return isinstance(codec, Fp32) and not others and values.dtype == np.float32 and values.shape == shape
 
 
 def _encoded(codec: Codec, x: Array, generator: np.random.Generator) -> tuple[Array, dict[str, Array]]:

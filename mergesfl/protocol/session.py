@@ -129,9 +129,13 @@ _SPOKEN_BY: Mapping[Role, Table] = {Role.WORKER: FROM_WORKER, Role.SERVER: FROM_
 _OTHER: Mapping[Role, Role] = {Role.WORKER: Role.SERVER, Role.SERVER: Role.WORKER}
 
 
-# What a worker says in a round or a survey, and what both ends say in one once it has begun.
-_FromWorker = Features | Update | Probe | Report
-_OfARound = Features | Update | Probe | Report | Gradient | Echo | Release
+# What begins a round or a survey, what a worker says in one, and what both ends say in one once it has begun. Tuples:
+# every message is asked for them several times, and to ask a union takes ten times as long.
+_BEGIN = (Assign, Survey)
+_FROM_WORKER = (Features, Update, Probe, Report)
+_OF_A_ROUND = (*_FROM_WORKER, Gradient, Echo, Release)
+_OF_A_STEP = (Features, Gradient)
+_LATE_FROM_SERVER = (Gradient, Echo, Release)
 
 
 class Session:
@@ -193,11 +197,11 @@ class Session:
         if type(message) not in legal:
             words = ", ".join(record.__name__ for record in legal) or "nothing: begin a new session"
             return f"{self._where()}, the {speaker.value} cannot say {kind}; legal: {words}"
-        if isinstance(message, Assign | Survey) and message.round_num <= self._round_num:
+        if isinstance(message, _BEGIN) and message.round_num <= self._round_num:
             return f"{self._where()}, {kind} repeats round {message.round_num}; use a number above {self._round_num}"
-        if isinstance(message, _OfARound) and message.round_num != self._round_num:
+        if isinstance(message, _OF_A_ROUND) and message.round_num != self._round_num:
             return f"{self._where()}, {kind} carries round {message.round_num}; expected {self._round_num}"
-        if isinstance(message, Features | Gradient) and message.step != self._step:
+        if isinstance(message, _OF_A_STEP) and message.step != self._step:
             return f"{self._where()}, {kind} carries step {message.step}; expected {self._step}"
         if isinstance(message, Features) and self._step >= self._num_exchanges:
             return f"{self._where()}, Features of one step too many; expected Update"
@@ -215,7 +219,7 @@ class Session:
             self._step += 1
         elif isinstance(message, Release) and self.role is Role.SERVER and self.state in _WORKERS_TURN:
             self._late_rounds.add(message.round_num)
-        elif isinstance(message, _FromWorker):
+        elif isinstance(message, _FROM_WORKER):
             self._late_rounds.clear()
         self.state = _SPOKEN_BY[speaker][self.state][type(message)]
 
@@ -225,11 +229,11 @@ class Session:
             return self._closed_here and not isinstance(message, Register)
         if self.role is Role.WORKER:
             return (
-                isinstance(message, Gradient | Echo | Release)
+                isinstance(message, _LATE_FROM_SERVER)
                 and message.round_num <= self._round_num
                 and message.round_num != self.round_num
             )
-        if isinstance(message, _FromWorker) and message.round_num in self._late_rounds:
+        if isinstance(message, _FROM_WORKER) and message.round_num in self._late_rounds:
             self._late_rounds = {late for late in self._late_rounds if late > message.round_num}
             return True
         return False

@@ -24,7 +24,7 @@ def to_array(tensor: Tensor) -> Array:
     float8).
     """
     tensor = tensor.detach().to("cpu")
-    if not _is_channels_last(tensor):
+    if not (tensor.is_contiguous() or _is_channels_last(tensor)):
         tensor = tensor.contiguous()
     try:
         array: Array = tensor.numpy()
@@ -69,7 +69,7 @@ def to_tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[np.generic], channels_last: bool) -> Tensor:

@@ -13,6 +13,8 @@ order in which stretches and transfers alternate is no property of the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from mergesfl.errors import LocalProtocolError
@@ -21,6 +23,7 @@ from mergesfl.seeding import generator_for
 
 BYTES_PER_MBIT = 125_000
 MIN_JITTER, MAX_JITTER = 0.5, 2.0
+NUM_DRAWN_AHEAD = 32  # jitters [ours: no more than a round of some steps needs]
 SMALL_MESSAGE_BYTES = 4096  # what is no larger travels in the latency alone: 33 ms at 1 Mb/s, and seldom [ours]
 
 
@@ -46,8 +49,9 @@ class EmulatedDevice:
         generator = generator_for(self._seed, "device", self._worker_id, epoch)
         self._power_mode = int(generator.integers(len(self.profile.power_modes)))
         self._drawn_bytes_per_second = float(generator.uniform(*self.profile.link_mbit_per_second)) * BYTES_PER_MBIT
-        self._compute_jitters = generator_for(self._seed, "jitter", self._worker_id, round_num, "compute")
-        self._link_jitters = generator_for(self._seed, "jitter", self._worker_id, round_num, "link")
+        jitters = self._seed, "jitter", self._worker_id, round_num
+        self._compute_jitters = _jitters(generator_for(*jitters, "compute"), self.profile.compute_jitter)
+        self._link_jitters = _jitters(generator_for(*jitters, "link"), self.profile.link_jitter)
 
     @property
     def power_mode(self) -> int:
@@ -80,12 +84,15 @@ class EmulatedDevice:
     def compute_seconds(self, flops: float) -> float:
         """How long the next stretch of computing takes; draws a jitter."""
         mean_seconds = self.profile.step_overhead_seconds + flops / self.flops_per_second
-        return mean_seconds * _jitter(self._compute_jitters, self.profile.compute_jitter)
+        return mean_seconds * next(self._compute_jitters)
 
     def transfer_factor(self) -> float:
         """How many times longer than bytes / rate the next transfer takes, 0.5 to 2; draws a jitter."""
-        return _jitter(self._link_jitters, self.profile.link_jitter)
+        return next(self._link_jitters)
 
 
-def _jitter(generator: np.random.Generator, deviation: float) -> float:
-    return min(max(float(generator.normal(1.0, deviation)), MIN_JITTER), MAX_JITTER)
+def _jitters(generator: np.random.Generator, deviation: float) -> Iterator[float]:
+    """The same numbers as one draw after the other; a draw of its own costs as much as all others of a message."""
+    while True:
+        for jitter in generator.normal(1.0, deviation, NUM_DRAWN_AHEAD).tolist():
+            yield min(max(jitter, MIN_JITTER), MAX_JITTER)
