@@ -151,7 +151,8 @@ class ClusterConfig(Section):
     transport: Literal["tcp", "ipc", "memory"] = "tcp"  # of `mergesfl run`
     device: str = "auto"  # auto, cpu, cuda or cuda:1; of the parameter server
     worker_device: str = "auto"  # of the workers that `mergesfl run` starts
-    ps_threads: PositiveInt | None = None  # torch threads; None: share the cores of this machine
+    # torch threads; None: share the cores of this machine. An evaluation beside a round has as many of its own.
+    ps_threads: PositiveInt | None = None
     worker_threads: PositiveInt | None = None  # of worker processes; those of one process share the server's
     start_deadline_seconds: PositiveFloat = 120.0  # for num_workers to register; then a quorum is enough
     step_deadline_seconds: PositiveFloat = 60.0  # a worker that answers later is dropped from the round

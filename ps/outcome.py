@@ -41,7 +41,6 @@ class Accounts:
     ingress_bytes: int
     egress_bytes: int
     round_seconds: float
-    evaluation_seconds: float
     learning_rate: float
     attempt: int
     survey_seconds: float = 0.0
@@ -82,7 +81,7 @@ class RoundOutcome:
             fleet.observe(name, batch_size, compute_seconds, seconds.transfer_seconds / num_samples)
         teach_missed(fleet, self.plan, self.missed_deadline, step_deadline_seconds)
 
-    def record(self, evaluation: Evaluation | None, accounts: Accounts) -> RoundRecord:
+    def record(self, evaluation: Evaluation | None, evaluation_seconds: float, accounts: Accounts) -> RoundRecord:
         """The line of the journal."""
         plan = self.plan
         total_seconds = {name: seconds.total_seconds for name, seconds in self.seconds.items()}
@@ -107,7 +106,7 @@ class RoundOutcome:
             samples_trained=self.num_samples_trained,
             planning_seconds=self.planning_seconds,
             round_seconds=accounts.round_seconds,
-            evaluation_seconds=accounts.evaluation_seconds,
+            evaluation_seconds=evaluation_seconds,
             learning_rate=accounts.learning_rate,
             attempt=accounts.attempt,
             ingress_budget_bytes=plan.ingress_budget_bytes,

@@ -31,6 +31,7 @@ from mergesfl.training.evaluation import Evaluation, evaluate
 from mergesfl.training.placement import place
 from mergesfl.training.split import SplitModel
 from mergesfl.transport.base import ServerEndpoint
+from ps.evaluator import BackgroundEvaluator, Evaluate, Evaluator
 from ps.fleet import Fleet
 from ps.progress import Progress
 from ps.recorder import Recorder
@@ -163,8 +164,12 @@ def serve(
     check: Callable[[], None],
     patience: Patience = REAL,
     charge: Callable[[int], None] = no_charge,
+    make_evaluator: Callable[[Evaluate, Clock], Evaluator] = BackgroundEvaluator,
 ) -> dict[str, Any]:
-    """Runs the parameter server on an endpoint that is already bound; closes it. Returns the summary."""
+    """Runs the parameter server on an endpoint that is already bound; closes it. Returns the summary.
+
+    make_evaluator: a real run evaluates beside its next round; one thread is enough for one whose clock is not real.
+    """
     config, network, dataset = scene.config, scene.network, scene.dataset
     feature_shape, codecs = network.feature_shape(dataset.sample_shape), run_codecs(config)
     max_workers = 10 * config.cluster.num_workers + 1000  # room for workers that come and go [ours]
@@ -204,6 +209,7 @@ def serve(
     questions = Questions.of(network, settings, feature_shape, method.splits, codecs)
     survey = FleetSurvey(questions, config.control, fleet, switchboard, scene.clock)
     program = method.make_server(network, settings, scene.device)
+    evaluator = make_evaluator(scene.evaluate, scene.clock)
     reason = "the parameter server stopped"
     try:
         server = Server(
@@ -217,7 +223,7 @@ def serve(
             feature_shape,
             codecs,
             survey,
-            scene.evaluate,
+            evaluator,
             scene.device,
             charge,
         )
@@ -226,6 +232,7 @@ def serve(
     finally:
         switchboard.say_goodbye(reason)
         switchboard.close()
+        evaluator.close()
         scene.recorder.close()
     return summary
 

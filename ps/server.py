@@ -1,8 +1,11 @@
-"""The round loop of the parameter server: wait for workers, survey, plan, work, close, evaluate, record; again.
+"""The round loop of the parameter server: wait for workers, survey, plan, work, close; evaluate and record; again.
 
 A round that loses workers goes on with the rest. When fewer than the quorum of its plan are left, the round is void:
 the program goes back to where the round began, and the round is planned anew with the workers that are there then. The
 same happens when the training becomes infinite; a worker whose features were out of all proportion is then put out.
+
+What follows a round that counts (evaluation, journal, checkpoint) may go on beside the next one (evaluator.py): it is
+done before the next one ends, and before the run ends in any way that can be resumed.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Update
 from mergesfl.runtime.arrays import arrays_to_state
 from mergesfl.runtime.clock import Clock
-from mergesfl.runtime.journal import DroppedWorker, RoundRecord
+from mergesfl.runtime.journal import DroppedWorker
 from mergesfl.seeding import generator_for
 from mergesfl.training.evaluation import Evaluation
 from mergesfl.training.finite import all_finite
 from mergesfl.training.schedule import learning_rate
-from mergesfl.training.split import SplitModel
+from ps.evaluator import Evaluator
 from ps.exchange import Arrival, RoundExchange
 from ps.fleet import Fleet
 from ps.merging import merge_as_they_arrive, merge_at_barrier
@@ -60,7 +63,7 @@ class Server:
         feature_shape: F..., shape of one sample at the cut.
         codecs: of the run.
         survey: asks the workers for their speeds before a round.
-        evaluate: judges a network on the test set.
+        evaluator: judges the network on the test set, and says when.
         device: where the top runs.
         charge: told the samples of every merged step, or of every part of one, once it is computed; lets virtual time
             pass for it.
@@ -78,7 +81,7 @@ class Server:
         feature_shape: tuple[int, ...],
         codecs: RunCodecs,
         survey: FleetSurvey,
-        evaluate: Callable[[SplitModel], Evaluation],
+        evaluator: Evaluator,
         device: torch.device,
         charge: Callable[[int], None] = lambda num_samples: None,
     ) -> None:
@@ -93,7 +96,7 @@ class Server:
         self._feature_bytes_per_sample = codecs.feature_bytes(feature_shape)
         self._codecs = codecs
         self._survey = survey
-        self._evaluate = evaluate
+        self._evaluator = evaluator
         self._device = device
         self._charge = charge
         self._muster = Muster(config.cluster, fleet, switchboard, progress, clock)
@@ -103,7 +106,8 @@ class Server:
         """All rounds; returns the summary.
 
         Raises QuorumError, InterruptedRunError, and TransportError when a rank of the top is lost (ps/ranks.py); what
-        is done is saved then.
+        is done is saved then. And what evaluating, recording or saving a round raises, when the next one ends at the
+        latest.
         """
         config = self._config
         next_round = self._restore() if resume else 0
@@ -114,14 +118,15 @@ class Server:
         last_safe_state = self._program.state_dict()
         try:
             while next_round < config.training.num_rounds:
-                record = self._play_round(next_round, last_safe_state)
+                outcome, accounts = self._play_round(next_round, last_safe_state)
+                self._evaluator.wait()  # for the round before: one is pending at most
                 next_round += 1
                 last_safe_state = self._program.state_dict()
-                self._recorder.record(record)
-                if self._recorder.is_checkpoint_due(next_round):
-                    self._checkpoint(next_round, last_safe_state)
+                self._begin_evaluation(outcome, accounts, last_safe_state)
+            self._evaluator.wait()
         except (InterruptedRunError, QuorumError, TransportError):
-            self._checkpoint(next_round, last_safe_state)
+            self._evaluator.wait()
+            self._checkpoint(next_round, last_safe_state, self._fleet.state_dict())
             raise
         wall_seconds = self._clock.now_seconds() - self._begin_seconds
         self._switchboard.say_goodbye("the run is complete")  # now: pictures and export take a while
@@ -137,13 +142,26 @@ class Server:
         log.info("resuming at round %d", checkpoint.round_num)
         return checkpoint.round_num
 
-    def _checkpoint(self, next_round: int, tensors: dict[str, Tensor]) -> None:
+    def _checkpoint(self, next_round: int, tensors: dict[str, Tensor], fleet_state: dict[str, Any]) -> None:
         wall_seconds = self._recorder.wall_seconds_before + self._clock.now_seconds() - self._begin_seconds
-        self._recorder.checkpoint(
-            next_round, tensors, {"fleet": self._fleet.state_dict(), "wall_seconds": wall_seconds}
-        )
+        self._recorder.checkpoint(next_round, tensors, {"fleet": fleet_state, "wall_seconds": wall_seconds})
 
-    def _play_round(self, round_num: int, safe_state: dict[str, Tensor]) -> RoundRecord:
+    def _begin_evaluation(self, outcome: RoundOutcome, accounts: Accounts, safe_state: dict[str, Tensor]) -> None:
+        """Evaluates if it is time, then the round's line, then a checkpoint if it is time: of how all is now.
+
+        From here to the evaluator's `wait` the recorder is not the caller's.
+        """
+        round_num, recorder = outcome.plan.round_num, self._recorder
+        fleet_state = self._fleet.state_dict() if recorder.is_checkpoint_due(round_num + 1) else None
+
+        def keep(evaluation: Evaluation | None, evaluation_seconds: float) -> None:
+            recorder.record(outcome.record(evaluation, evaluation_seconds, accounts))
+            if fleet_state is not None:
+                self._checkpoint(round_num + 1, safe_state, fleet_state)
+
+        self._evaluator.begin(self._program.network if recorder.is_evaluation_due(round_num) else None, keep)
+
+    def _play_round(self, round_num: int, safe_state: dict[str, Tensor]) -> tuple[RoundOutcome, Accounts]:
         """Repeats the round from this state until it counts. Raises QuorumError after too many void attempts."""
         cluster = self._config.cluster
         begin_bytes = (self._switchboard.ingress_bytes, self._switchboard.egress_bytes)
@@ -160,7 +178,7 @@ class Server:
                 self._program.load_state_dict(safe_state)
                 is_infinite = isinstance(void, InfiniteRoundError)
             else:
-                return self._close_round(outcome, attempt, begin_seconds, begin_bytes, survey_seconds)
+                return outcome, self._close_round(outcome, attempt, begin_seconds, begin_bytes, survey_seconds)
         if is_infinite:
             raise QuorumError(
                 f"round {round_num} was void {cluster.max_void_rounds} times in a row (cluster.max_void_rounds), the "
@@ -264,26 +282,21 @@ class Server:
         begin_seconds: float,
         begin_bytes: tuple[int, int],
         survey_seconds: float,
-    ) -> RoundRecord:
-        """Learns from the round, evaluates if it is time, and returns its record."""
+    ) -> Accounts:
+        """Learns from the round, and returns what it took."""
         training, round_num = self._config.training, outcome.plan.round_num
         outcome.teach(self._fleet, self._config.cluster.step_deadline_seconds)
         self._fleet.finished(list(outcome.seconds))
-        round_seconds = self._clock.now_seconds() - begin_seconds
-        is_due = self._recorder.is_evaluation_due(round_num)
-        evaluation = self._evaluate(self._program.network) if is_due else None
-        accounts = Accounts(
+        return Accounts(
             ingress_bytes=self._switchboard.ingress_bytes - begin_bytes[0],
             egress_bytes=self._switchboard.egress_bytes - begin_bytes[1],
-            round_seconds=round_seconds,
-            evaluation_seconds=self._clock.now_seconds() - begin_seconds - round_seconds,
+            round_seconds=self._clock.now_seconds() - begin_seconds,
             learning_rate=learning_rate(
                 round_num, training.learning_rate, training.learning_rate_decay, training.learning_rate_min
             ),
             attempt=attempt,
             survey_seconds=survey_seconds,
         )
-        return outcome.record(evaluation, accounts)
 
     def _require_quorum(self, plan: RoundPlan, exchange: RoundExchange) -> None:
         needed, left = self._muster.quorum_of(len(plan.worker_ids)), len(exchange.active_ids)

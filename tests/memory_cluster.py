@@ -49,6 +49,7 @@ from mergesfl.runtime.clock import WallClock
 from mergesfl.seeding import generator_for
 from mergesfl.transport.base import Frames, ServerEndpoint
 from mergesfl.transport.memory import MemoryHub
+from ps.evaluator import BackgroundEvaluator, InlineEvaluator
 from ps.progress import Progress
 from ps.recorder import prepare_folder
 from ps.run import serve, set_scene
@@ -353,7 +354,7 @@ class ScriptedCluster:
         prepare_folder(self.config, resume)
         scene = set_scene(self.config, "iid", self.clock, Progress(Console(quiet=True)))
         try:
-            return serve(scene, self.endpoint, resume, check)
+            return serve(scene, self.endpoint, resume, check, make_evaluator=InlineEvaluator)
         finally:
             for worker in self.workers:
                 worker.deaf_until_seconds = 0.0
@@ -416,6 +417,7 @@ def play_daemons(
     shares: Sequence[np.ndarray[Any, Any]],
     resume: bool = False,
     check: Callable[[LoggedEndpoint], None] = lambda endpoint: None,
+    make_evaluator: type[BackgroundEvaluator] | type[InlineEvaluator] = BackgroundEvaluator,
 ) -> LoggedEndpoint:
     """A run of real daemons, one thread each, that hold these rows of the training set; returns the account of it."""
     prepare_folder(config, resume)
@@ -437,7 +439,7 @@ def play_daemons(
     for thread in threads:
         thread.start()
     try:
-        serve(scene, endpoint, resume, lambda: check(endpoint))
+        serve(scene, endpoint, resume, lambda: check(endpoint), make_evaluator=make_evaluator)
     finally:
         for thread in threads:
             thread.join(10)  # the goodbye ends them; no daemon needs to be told to stop

@@ -1,4 +1,4 @@
-"""The journal of a run: one JSON object per line and round, on the disk before the next round starts; and its summary.
+"""The journal of a run: one JSON object per line and round, on the disk before the next round is over; and its summary.
 
 A line is written whole or not at all as far as a reader can tell: a crash in mid-write leaves a torn last line, which
 readers skip and the next `Journal` cuts off. Everything here is the run's record, not its state (see checkpoint.py).
@@ -28,7 +28,7 @@ CONFIG_KEYS = ("method", "dataset", "partition", "num_workers", "seed")
 
 
 class Journal:
-    """Appends rounds to journal.jsonl; each line is on the disk when `append` returns. One writer, one thread."""
+    """Appends rounds to journal.jsonl; each line is on the disk when `append` returns. One writer at a time."""
 
     def __init__(self, path: Path, first_round: int = 0) -> None:
         """Opens or creates the journal of a run whose next round is first_round.

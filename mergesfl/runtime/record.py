@@ -51,7 +51,9 @@ class RoundRecord:
         planning_seconds: what the plan itself took; part of round_seconds.
         round_seconds: from the survey, or else from the start of planning, to the end of the average, without the
             evaluation.
-        evaluation_seconds: what the evaluation took; 0 when there was none.
+        evaluation_seconds: what the evaluation took; 0 when there was none. It runs beside the next round (on a real
+            clock) and is part of no round_seconds: where it takes longer than that round, the rest of it is between
+            that round and the one after.
         learning_rate: of the top (or of the full model) in this round.
         attempt: 1, and one more for each time that this round was void and repeated.
         ingress_budget_bytes: B of Eq. 10 [paper]; 0 when the method has no budget.

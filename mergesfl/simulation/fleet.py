@@ -30,6 +30,7 @@ from mergesfl.simulation.models import SharedModels
 from mergesfl.simulation.workers import VirtualWorker
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.split import SplitModel
+from ps.evaluator import InlineEvaluator
 from ps.run import Scene, serve
 from workers.local_data import share_of
 from workers.pace import EmulatedPace
@@ -130,7 +131,7 @@ class VirtualFleet:
             """Once through the top and back; what a method does more (mix-ups, a second backward) is free [ours]."""
             self._loop.sleep(num_samples * seconds_per_sample)
 
-        return serve(scene, self._network.server(), resume, watch, self._patience, charge)
+        return serve(scene, self._network.server(), resume, watch, self._patience, charge, InlineEvaluator)
 
     def _is_on_at_first(self, name: str) -> bool:
         """What the trace says at or before the beginning; a worker that it does not name is always on."""
