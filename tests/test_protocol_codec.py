@@ -103,12 +103,12 @@ def test_tables_are_complete() -> None:
 
 
 def test_golden_bytes() -> None:
-    # The header by hand, after the msgpack specification: 9n array of n, an str of n, cb float64, c2 false.
+    # The header by hand, after the msgpack specification: 9n array of n, an str of n, cb float64, c2 false, c4 n bytes.
     # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
     header = (
         b"\x94\x03\xa8gradient"
         b"\x93\x03\x02\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00"
-        b"\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x02\xc2"
+        b"\xc4\x18\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x02\xc2"
     )
     tensor = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
     message = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32))
@@ -262,12 +262,23 @@ def test_channels_last_are_lent_and_viewed_as_they_lie() -> None:
     assert np.shares_memory(decoded.gradient, array) and not decoded.gradient.flags.writeable
 
 
+def test_what_is_kept_of_the_specs_is_checked_for_every_kind_and_frame() -> None:
+    """The same specs again: with other frames, of another kind, under other limits."""
+    for _ in range(2):
+        assert same(decode(gradient()), m.Gradient(0, 0, 0.0, np.zeros(1, dtype=np.float32)))
+        with pytest.raises(RemoteProtocolError, match="needs 4 bytes, its frame has 5"):
+            decode([gradient()[0], b"12345"])
+        with pytest.raises(RemoteProtocolError, match="unknown or repeated tensor 'gradient'"):
+            decode([header(m.PROTOCOL_VERSION, "features", [0, 0], [SPEC]), b"1234"])
+        with pytest.raises(RemoteProtocolError, match="1 entries, the limit is 0"):
+            decode(gradient(), Limits(max_tensor_rank=0))
+
+
 def test_one_channel_is_c_order() -> None:
     """Then both orders are the same, and the header says the simple one."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3, 1, 1).transpose(0, 2, 1, 3)  # (2, 1, 3, 1)
-    assert msgpack.unpackb(encode(m.Gradient(0, 0, 0.0, array))[0])[3] == [
-        ["gradient", "", "float32", [2, 1, 3, 1], False]
-    ]
+    packed = msgpack.unpackb(encode(m.Gradient(0, 0, 0.0, array))[0])[3]
+    assert msgpack.unpackb(packed) == [["gradient", "", "float32", [2, 1, 3, 1], False]]
 
 
 def test_a_frame_at_an_odd_address_gives_an_aligned_array() -> None:
@@ -371,7 +382,7 @@ def test_an_id_that_something_might_interpret_is_refused_at_both_ends(worker_id:
     values = {field.name: getattr(EXAMPLES[0], field.name) for field in dataclasses.fields(EXAMPLES[0])}
     values["worker_id"] = worker_id
     with pytest.raises(RemoteProtocolError, match="worker_id is "):
-        decode([msgpack.packb([m.PROTOCOL_VERSION, "register", list(values.values()), []])])
+        decode([msgpack.packb([m.PROTOCOL_VERSION, "register", list(values.values()), msgpack.packb([])])])
     with pytest.raises(ConfigError, match="choose another --id"):
         check_worker_id(worker_id)
 
@@ -396,7 +407,8 @@ SPEC = ["gradient", "", "float32", [1], False]
 
 
 def header(*parts: object) -> bytes:
-    packed: bytes = msgpack.packb(list(parts))
+    """With the specs, if there are any, packed as they are in a header."""
+    packed: bytes = msgpack.packb([*parts[:3], *(msgpack.packb(specs) for specs in parts[3:])])
     return packed
 
 
@@ -429,7 +441,10 @@ def test_the_untouched_gradient_is_legal() -> None:
         ([header("1", "ping", [], [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", {}, [])], r"not \[version"),
-        ([header(m.PROTOCOL_VERSION, "ping", [], {})], r"not \[version"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], []])], r"not \[version"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], {})], "specs are no list"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b""])], "specs of 0 bytes is no msgpack"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"\x90\x90"])], "specs of 2 bytes is no msgpack"),
         ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 3"),
         ([header(m.PROTOCOL_VERSION, "pong!", [], [])], "unknown kind of message 'pong!'"),
         ([header(m.PROTOCOL_VERSION, ["ping"], [], [])], "unknown kind of message a value of type list"),
@@ -442,7 +457,7 @@ def test_the_untouched_gradient_is_legal() -> None:
         (gradient(held=float("inf")), "held_seconds is inf"),
         (gradient(held=False), "held_seconds is False, expected a float"),
         (gradient(held=1e300), r"held_seconds is 1e\+300"),
-        (gradient(specs=[]), "announces 0 tensors and brings 1 frames"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], []), b""], "announces 0 tensors and brings 1 frames"),
         (gradient(specs=[5]), "5 as a tensor spec"),
         (gradient(specs=[SPEC[:4]]), "as a tensor spec"),
         (gradient(specs=[[*SPEC[:4], 1]]), "channels last 1, expected a bool"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,25 +66,42 @@ def lent(array: Array) -> tuple[memoryview, bool]:
     return plain.reshape(-1).view(np.uint8).data, channels_last
 
 
-def viewed(frame: memoryview, type_name: object, dimensions: object, channels_last: object, limits: Limits) -> Array:
-    """The read-only array in a frame of which nothing is known yet."""
+class Extent(NamedTuple):
+    """What a tensor frame holds, as it was announced and found legal."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    memory_shape: tuple[int, ...]  # (n, h, w, c) if channels_last
+    channels_last: bool
+    num_bytes: int
+
+
+def extent_of(type_name: object, dimensions: object, channels_last: object, limits: Limits) -> Extent:
+    """The extent that a spec announces, of which nothing is known yet."""
     if type(type_name) is not str or type_name not in DTYPES:
         raise IllegalValue(f"tensor of type {shown(type_name)}, legal are {', '.join(DTYPES)}")
     dtype = DTYPES[type_name]
     extent = shape(dimensions, limits)
     num_bytes = _extent_bytes(extent, dtype, limits)
-    if frame.nbytes != num_bytes:
-        raise IllegalValue(f"tensor {type_name} {list(extent)} needs {num_bytes} bytes, its frame has {frame.nbytes}")
     if type(channels_last) is not bool or (channels_last and len(extent) != 4):
         raise IllegalValue(
             f"tensor {type_name} {list(extent)} with channels last {shown(channels_last)}, "
             "expected a bool, and True only of 4 dimensions"
         )
-    array: Array = np.ndarray(tuple(extent[axis] for axis in _LAST) if channels_last else extent, dtype, buffer=frame)
+    memory_shape = tuple(extent[axis] for axis in _LAST) if channels_last else extent
+    return Extent(dtype, extent, memory_shape, channels_last, num_bytes)
+
+
+def viewed(frame: memoryview, extent: Extent) -> Array:
+    """The read-only array of this extent in a frame of which nothing is known yet."""
+    dtype, shape, memory_shape, channels_last, num_bytes = extent
+    if frame.nbytes != num_bytes:
+        raise IllegalValue(f"tensor {dtype} {list(shape)} needs {num_bytes} bytes, its frame has {frame.nbytes}")
+    array: Array = np.ndarray(memory_shape, dtype, buffer=frame)
     if not array.flags.aligned:
         array = array.copy()
     array.flags.writeable = False
-    if type_name == "bool" and array.view(np.uint8).max(initial=0) > 1:
+    if dtype is DTYPES["bool"] and array.view(np.uint8).max(initial=0) > 1:
         raise IllegalValue("tensor of type bool with an element that is neither 0 nor 1")
     return array.transpose(_FIRST) if channels_last else array
 

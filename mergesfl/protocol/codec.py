@@ -1,11 +1,13 @@
 """Message <-> frames. One msgpack header, then one raw frame per tensor.
 
-    frame 0      msgpack [version, kind, [value, ...], [[field, key, dtype, shape, channels_last], ...]]
+    frame 0      msgpack [version, kind, [value, ...], specs]
     frame 1...   the elements of each tensor, in the order of the specs: little-endian, nothing else; in C order, or
                  channels_last: those of shape (n, c, h, w) in the order of (n, h, w, c)
 
-The values are those of the message's other fields, in the order of its record. `key` is the name within a state or
-among parts, "" for a field that is one tensor. Two rules:
+The values are those of the message's fields that are no tensors, in the order of its record. The specs are bytes:
+msgpack [[field, key, dtype, shape, channels_last], ...], where `key` is the name within a state or among parts, "" for
+a field that is one tensor. From step to step they do not change: what they say is kept, so that both ends pack, parse
+and check them once. Two rules:
 
 1. Whatever bytes arrive, `decode` returns a message or raises RemoteProtocolError, and holds memory in proportion to
    the frames it was given.
@@ -16,6 +18,7 @@ No pickle, no msgpack extension types, no object or complex arrays. [ours]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields as record_fields
 from typing import Any
@@ -24,11 +27,10 @@ import msgpack
 import numpy as np
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
-from mergesfl.protocol.arrays import checked, dtype_name, lent, viewed
+from mergesfl.protocol.arrays import Extent, checked, dtype_name, extent_of, lent, viewed
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
-    Array,
     Assign,
     Echo,
     Features,
@@ -75,11 +77,23 @@ KINDS: Mapping[str, type[Message]] = {
 }
 _KIND_OF = {record: kind for kind, record in KINDS.items()}
 
-_FIELDS = {kind: [field.name for field in record_fields(record)] for kind, record in KINDS.items()}
-# Of these, what stands in the header: neither one tensor nor a mapping to tensors.
+_FIELDS = {kind: tuple(field.name for field in record_fields(record)) for kind, record in KINDS.items()}
+# Of these, with their rules, what stands in the header: neither one tensor nor a mapping to tensors.
 _PLAIN_FIELDS = {
-    kind: [name for name in names if name not in ARRAY_FIELDS | STATE_FIELDS] for kind, names in _FIELDS.items()
+    kind: tuple((name, RULES[name]) for name in names if name not in ARRAY_FIELDS | STATE_FIELDS)
+    for kind, names in _FIELDS.items()
 }
+_TENSOR_FIELDS = {
+    kind: tuple(name for name in names if name in ARRAY_FIELDS | STATE_FIELDS) for kind, names in _FIELDS.items()
+}
+
+# Specs that are kept, of so many tensors and bytes each: enough for every message but states, at most 10 MiB parsed.
+_PROBING = (Probe, Echo)  # a tuple: a union takes ten times as long
+NUM_KEPT = 128
+MAX_KEPT_TENSORS = 16
+MAX_KEPT_BYTES = 1024
+
+_Spec = tuple[str, str, str, tuple[int, ...], bool]  # field, key, dtype, shape, channels_last
 
 
 def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
@@ -122,92 +136,133 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
 
 def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
     values: list[object] = []
-    specs: list[tuple[str, str, str, tuple[int, ...], bool]] = []
-    tensors: list[Frame] = []
-
-    def add(field: str, key: str, array: object) -> None:
-        plain = checked(f"{field} {key}" if key else field, array, limits)
-        frame, channels_last = lent(plain)
-        specs.append((field, key, dtype_name(plain.dtype), plain.shape, channels_last))
-        tensors.append(frame)
-
-    for field in _FIELDS[kind]:
+    for field, rule in _PLAIN_FIELDS[kind]:
+        try:
+            values.append(rule(getattr(message, field), limits))
+        except IllegalValue as error:
+            raise IllegalValue(f"{field} is {error}") from None
+    specs: list[_Spec] = []
+    frames: list[Frame] = [b""]
+    for field in _TENSOR_FIELDS[kind]:
         value = getattr(message, field)
         if field in ARRAY_FIELDS:
-            add(field, "", value)
-        elif field in STATE_FIELDS:
-            if not isinstance(value, Mapping):
-                raise IllegalValue(f"{field} is {shown(value)}, expected a mapping")
-            for key, array in value.items():
-                add(field, _named(f"name in {field}", key, limits), array)
-        else:
-            values.append(_ruled(field, value, limits))
+            array = checked(field, value, limits)
+            frame, channels_last = lent(array)
+            frames.append(frame)
+            specs.append((field, "", dtype_name(array.dtype), array.shape, channels_last))
+            continue
+        if not isinstance(value, Mapping):
+            raise IllegalValue(f"{field} is {shown(value)}, expected a mapping")
+        for key, item in value.items():
+            _named(f"name in {field}", key, limits)
+            array = checked(f"{field} {key}", item, limits)
+            frame, channels_last = lent(array)
+            frames.append(frame)
+            specs.append((field, key, dtype_name(array.dtype), array.shape, channels_last))
     _check_whole(message)
-    header: bytes = msgpack.packb([PROTOCOL_VERSION, kind, values, specs], use_bin_type=True)
-    frames: list[Frame] = [header, *tensors]
+    packed = _kept_packed(tuple(specs)) if len(specs) <= MAX_KEPT_TENSORS else _packed(specs)
+    frames[0] = msgpack.packb([PROTOCOL_VERSION, kind, values, packed], use_bin_type=True)
     _check_sizes(frames, limits)
     return frames
 
 
+def _packed(specs: Sequence[_Spec]) -> bytes:
+    packed: bytes = msgpack.packb(specs, use_bin_type=True)
+    return packed
+
+
+_kept_packed = functools.lru_cache(NUM_KEPT)(_packed)
+
+
 def _decode(frames: list[memoryview], limits: Limits) -> Message:
     _check_sizes(frames, limits)
-    kind, values, specs = _parsed(frames[0], limits)
+    kind, values, packed = _parsed(frames[0], limits)
     expected = _PLAIN_FIELDS[kind]
     if len(values) != len(expected):
-        raise IllegalValue(f"{kind} with {len(values)} values; expected {len(expected)}: {', '.join(expected)}")
+        names = ", ".join(name for name, _ in expected)
+        raise IllegalValue(f"{kind} with {len(values)} values; expected {len(expected)}: {names}")
+    content: dict[str, Any] = {}
+    for (field, rule), value in zip(expected, values, strict=True):
+        try:
+            content[field] = rule(value, limits)
+        except IllegalValue as error:
+            raise IllegalValue(f"{field} is {error}") from None
+    is_kept = limits is DEFAULT and len(packed) <= MAX_KEPT_BYTES
+    specs = _kept_announced(kind, packed) if is_kept else _announced(kind, packed, limits)
     if len(specs) != len(frames) - 1:
         raise IllegalValue(f"{kind} announces {len(specs)} tensors and brings {len(frames) - 1} frames")
-    content: dict[str, Any] = {
-        field: _ruled(field, value, limits) for field, value in zip(expected, values, strict=True)
-    }
-    states: dict[str, dict[str, Array]] = {field: {} for field in _FIELDS[kind] if field in STATE_FIELDS}
-    for spec, frame in zip(specs, frames[1:], strict=True):
-        if type(spec) is not list or len(spec) != 5:
-            raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape, channels_last]")
-        field, key, type_name, dimensions, channels_last = spec
-        if type(field) is not str or type(key) is not str:
-            raise IllegalValue(f"{kind} with a tensor named {shown(field)} {shown(key)}, expected two strings")
-        if field in states and key not in states[field]:
-            states[field][_named(f"name in {field}", key, limits)] = viewed(
-                frame, type_name, dimensions, channels_last, limits
-            )
-        elif field in ARRAY_FIELDS and field in _FIELDS[kind] and key == "" and field not in content:
-            content[field] = viewed(frame, type_name, dimensions, channels_last, limits)
+    for field in _TENSOR_FIELDS[kind]:
+        if field in STATE_FIELDS:
+            content[field] = {}
+    for (field, key, extent), frame in zip(specs, frames[1:], strict=True):
+        if field in STATE_FIELDS:
+            content[field][key] = viewed(frame, extent)
         else:
-            raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
-    content |= states
-    if len(content) != len(_FIELDS[kind]):
-        raise IllegalValue(f"{kind} without the tensor {sorted(set(_FIELDS[kind]) - set(content))}")
+            content[field] = viewed(frame, extent)
     message = KINDS[kind](**content)
     _check_whole(message)
     return message
 
 
-def _parsed(header: memoryview, limits: Limits) -> tuple[str, list[object], list[object]]:
-    """Kind, values and tensor specs of a header whose values are still unchecked."""
+def _announced(kind: str, packed: bytes, limits: Limits) -> list[tuple[str, str, Extent]]:
+    """Field, key and extent of each tensor of a message of this kind; no field is missing, none comes twice."""
+    specs = _unpacked(packed, "tensor specs", limits)
+    if type(specs) is not list:
+        raise IllegalValue("tensor specs are no list")
+    seen: set[tuple[str, str]] = set()
+    announced = []
+    for spec in specs:
+        if type(spec) is not list or len(spec) != 5:
+            raise IllegalValue(f"{shown(spec)} as a tensor spec, expected [field, key, dtype, shape, channels_last]")
+        field, key, type_name, dimensions, channels_last = spec
+        if type(field) is not str or type(key) is not str:
+            raise IllegalValue(f"{kind} with a tensor named {shown(field)} {shown(key)}, expected two strings")
+        if (field, key) in seen or field not in _TENSOR_FIELDS[kind] or (field in ARRAY_FIELDS and key):
+            raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
+        seen.add((field, key))
+        if field in STATE_FIELDS:
+            _named(f"name in {field}", key, limits)
+        announced.append((field, key, extent_of(type_name, dimensions, channels_last, limits)))
+    missing = sorted(field for field in ARRAY_FIELDS.intersection(_TENSOR_FIELDS[kind]) if (field, "") not in seen)
+    if missing:
+        raise IllegalValue(f"{kind} without the tensor {missing}")
+    return announced
+
+
+@functools.lru_cache(NUM_KEPT)
+def _kept_announced(kind: str, packed: bytes) -> list[tuple[str, str, Extent]]:
+    return _announced(kind, packed, DEFAULT)
+
+
+def _parsed(header: memoryview, limits: Limits) -> tuple[str, list[object], bytes]:
+    """Kind, values and tensor specs of a header; values and specs are still unchecked."""
+    parts = _unpacked(header, "header", limits)
+    if type(parts) is not list or not parts or type(parts[0]) is not int:
+        raise IllegalValue("header is not [version, kind, values, tensors]")
+    if parts[0] != PROTOCOL_VERSION:
+        raise IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
+    if len(parts) != 4 or type(parts[2]) is not list or type(parts[3]) is not bytes:
+        raise IllegalValue("header is not [version, kind, values, tensors]")
+    if type(parts[1]) is not str or parts[1] not in KINDS:
+        raise IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
+    return parts[1], parts[2], parts[3]
+
+
+def _unpacked(packed: bytes | memoryview, what: str, limits: Limits) -> object:
     try:
-        parts = msgpack.unpackb(
-            header,
+        return msgpack.unpackb(
+            packed,
             raw=False,
             strict_map_key=True,
             object_pairs_hook=_distinct,
             max_str_len=4 * limits.max_text_length,  # UTF-8: up to 4 bytes per character
-            max_bin_len=0,
+            max_bin_len=limits.max_header_bytes,
             max_ext_len=0,
             max_array_len=max(limits.max_sequence_length, limits.max_tensors),
             max_map_len=limits.max_map_entries,
         )
     except Exception as error:  # whatever the foreign parser raises: ValueError, RecursionError, its own types ...
-        raise IllegalValue(f"header of {header.nbytes} bytes is no msgpack: {str(error)[:200]}") from None
-    if type(parts) is not list or not parts or type(parts[0]) is not int:
-        raise IllegalValue("header is not [version, kind, values, tensors]")
-    if parts[0] != PROTOCOL_VERSION:
-        raise IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
-    if len(parts) != 4 or type(parts[2]) is not list or type(parts[3]) is not list:
-        raise IllegalValue("header is not [version, kind, values, tensors]")
-    if type(parts[1]) is not str or parts[1] not in KINDS:
-        raise IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
-    return parts[1], parts[2], parts[3]
+        raise IllegalValue(f"{what} of {len(packed)} bytes is no msgpack: {str(error)[:200]}") from None
 
 
 def _distinct(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -216,13 +271,6 @@ def _distinct(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(entries) != len(items):
         raise ValueError("a key occurs twice")
     return entries
-
-
-def _ruled(field: str, value: object, limits: Limits) -> object:
-    try:
-        return RULES[field](value, limits)
-    except IllegalValue as error:
-        raise IllegalValue(f"{field} is {error}") from None
 
 
 def _named(what: str, value: object, limits: Limits) -> str:
@@ -250,7 +298,7 @@ def _check_whole(message: Message) -> None:
         if labels.dtype != np.int64 or labels.ndim != 1 or features.shape[:1] != labels.shape:
             found = f"features {features.shape} with labels {labels.dtype} {labels.shape}"
             raise IllegalValue(f"{found}, expected (d, F...) and int64 (d,)")
-    elif isinstance(message, Probe | Echo):
+    elif isinstance(message, _PROBING):
         payload = message.payload
         if payload.dtype != np.uint8 or payload.ndim != 1:
             raise IllegalValue(f"payload {payload.dtype} {payload.shape}, expected uint8 (n,)")

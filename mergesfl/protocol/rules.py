@@ -161,7 +161,7 @@ def setting(value: object, limits: Limits) -> int | float | str | bool:
 def shape(value: object, limits: Limits) -> tuple[int, ...]:
     """The shape of a tensor: at most max_tensor_rank dimensions, none larger than a message could be."""
     dimensions = _sequence(value, limits.max_tensor_rank)
-    return tuple(_whole(dimension, 0, limits.max_message_bytes) for dimension in dimensions)
+    return tuple([_whole(dimension, 0, limits.max_message_bytes) for dimension in dimensions])
 
 
 def sequence_of(rule: Rule) -> Rule:
