@@ -87,8 +87,9 @@ _TENSOR_FIELDS = {
     kind: tuple(name for name in names if name in ARRAY_FIELDS | STATE_FIELDS) for kind, names in _FIELDS.items()
 }
 
-# Specs that are kept, of so many tensors and bytes each: enough for every message but states, at most 10 MiB parsed.
 _PROBING = (Probe, Echo)  # a tuple: a union takes ten times as long
+
+# Specs that are kept, of so many tensors and bytes each: enough for every message but states, at most 10 MiB parsed.
 NUM_KEPT = 128
 MAX_KEPT_TENSORS = 16
 MAX_KEPT_BYTES = 1024
