@@ -60,6 +60,7 @@ UNUSUAL: dict[str, Any] = {
         "learning_rate_min": 0.001,
         "bottom_learning_rate": "proportional",
         "merge": "streaming",
+        "parts_per_step": 3,
         "evaluate_every_rounds": 5,
         "evaluation_batch_size": 512,
     },
