@@ -20,3 +20,12 @@ def part_sizes(num_samples: int, parts_per_step: int) -> tuple[int, ...]:
     num_parts = max(1, min(parts_per_step, num_samples))
     share, rest = divmod(num_samples, num_parts)
     return tuple(share + (part < rest) for part in range(num_parts))
+
+
+def part_bytes(num_bytes: int, num_samples: int, parts_per_step: int) -> tuple[int, ...]:
+    """Of so many bytes for the whole batch each part's share, rounded down.
+
+    >>> part_bytes(100, 10, 4)
+    (30, 30, 20, 20)
+    """
+    return tuple(num_bytes * size // num_samples for size in part_sizes(num_samples, parts_per_step))

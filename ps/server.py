@@ -202,6 +202,7 @@ class Server:
             config.cluster.step_deadline_seconds,
             attempt,
             self._codecs,
+            config.training.parts_per_step,
         )
         try:
             program.open(plan, view)

@@ -167,7 +167,7 @@ def test_nothing_is_changed_by_it(work: Work, training: bool) -> None:
         before = {key: tensor.clone() for key, tensor in model.joined_state_dict().items()}
         random_state = torch.get_rng_state()
         x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))  # (4, *shape)
-        work(model, Assignment(0, 1, 4, {}, {}, 0), iter([(x, torch.tensor([0, 1, 2, 0]))]), lambda step, z, y: z)
+        work(model, Assignment(0, 1, 4, {}, {}, 0), iter([(x, torch.tensor([0, 1, 2, 0]))]), lambda step, z, y: z.clone)
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.joined_state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
         assert {part.training for part in model.modules()} == {training}

@@ -61,8 +61,9 @@ class MergedTop:
     def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
         """D = sum d_i is known. Workers with masks of their own, or in an order of their own, go in one by one.
 
-        So do their parts. One forward per worker is the simple way to a mask per worker: to build the masks of a group would need every
-        dropout layer to know whose rows are whose, and groups are small, for few features arrive at the same time.
+        So do their parts. One forward per worker is the simple way to a mask per worker: to build the masks of a group
+        would need every dropout layer to know whose rows are whose, and groups are small, for few features arrive at
+        the same time.
         """
         self._open_step = OpenStep(self._top, self._optimizer, sum(batch_sizes.values()), in_order)
         self._batch_sizes, self._fed, self._seed = dict(batch_sizes), [], seed

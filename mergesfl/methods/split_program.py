@@ -256,7 +256,7 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
         x, y = next(batches)  # (d_i, *sample), (d_i,)
         sizes = part_sizes(len(y), assignment.parts_per_step)
         sent: list[tuple[Tensor, Callable[[], Tensor]]] = []  # of each part: z, and how to wait for its gradient
-        for part, (x_part, y_part) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+        for part, (x_part, y_part) in enumerate(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)):
             seed_dropout(bottom, seed_of_part(seed_for(assignment.seed, "step", step), part))
             z = forward_any(bottom, x_part)  # (d_i, F...), or the rows of the part
             sent.append((z, exchange(step, z.detach(), y_part)))

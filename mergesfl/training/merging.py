@@ -149,7 +149,7 @@ class OpenStep:
         if self._in_order:
             assert len(sizes) == 1 and own_priors is None, "in order, workers go in one by one"
             (gradient,) = torch.autograd.grad(loss, [merged], retain_graph=True)
-            gradients = [gradient if sizes == wholes else gradient.mul_(num_group / wholes[0])]
+            gradients = [gradient if sizes == wholes else gradient * (num_group / wholes[0])]
         elif own_priors is None:
             part.backward()  # type: ignore[no-untyped-call]
             gradients = self._slices(merged, sizes, wholes)
