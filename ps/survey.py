@@ -40,8 +40,8 @@ from ps.outcome import MIN_COMPUTE_SECONDS_PER_SAMPLE
 from ps.switchboard import RoundMessage, Switchboard
 from ps.waiting import wait_for_answers
 
-# Of the one step: little for the slowest worker, and not all fixed cost for the fastest. In parts twice as many: every
-# part has fixed costs of its own. [ours]
+# Of the one step, or of each of its parts, which have fixed costs of their own: little for the slowest worker, and not
+# all fixed cost for the fastest. [ours]
 SURVEY_SAMPLES = 8
 FEDERATED_PROBE_BYTES = 1 << 16  # about; a probe stands for whole samples [ours]
 
@@ -69,7 +69,7 @@ class Questions:
         parts_per_step: int = 1,
     ) -> Questions:
         """For a split or a federated method on this network; only a split one has steps in parts."""
-        num_samples = min(SURVEY_SAMPLES * (2 if parts_per_step > 1 else 1), settings.batch_size)
+        num_samples = min(SURVEY_SAMPLES * parts_per_step, settings.batch_size)
         if splits:
             up_bytes, down_bytes = codecs.feature_bytes(feature_shape), codecs.gradient_bytes(feature_shape)
             probe = (num_samples, num_samples * up_bytes, num_samples * down_bytes)

@@ -59,7 +59,7 @@ class SelfSurvey:
 
     def report(self, survey: Survey, batches: Batches) -> Report:
         """Measures both; `batches` are of survey.num_samples. Raises the ends of a session, RuntimeError."""
-        sizes = part_sizes(survey.num_samples, survey.parts_per_step)
+        sizes = list(part_sizes(survey.num_samples, survey.parts_per_step))
         if survey.parts_per_step > 1 and survey.num_probe_samples != survey.num_samples:
             raise SessionLostError(
                 f"the server asks for a probe of {survey.num_probe_samples} samples in parts, expected "
@@ -89,7 +89,7 @@ class SelfSurvey:
         )
 
     def _exchange(self, survey: Survey, module: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Probes out and echoes in, while the parts but the first are computed: seconds of transfer and of computing."""
+        """Probes out, echoes in, and meanwhile all parts but the first: seconds of transfer and of computing."""
         clock, link, compute_seconds = self._clock, self._link, 0.0
         probe_bytes, echo_bytes = (
             part_bytes(num_bytes, survey.num_probe_samples, survey.parts_per_step)

@@ -1,8 +1,8 @@
 """What a method is: one program for the parameter server, one function for the worker, and no input or output.
 
-The only hole through which a method reaches the network is the function `exchange(step, z, y) -> wait` that the worker's
-side is given: it sends, and `wait()` returns the gradient. Between the two there is time for the next part of the batch,
-if the run sends one in parts (mergesfl/parts.py).
+The only hole through which a method reaches the network is the function `exchange(step, z, y) -> wait` that the
+worker's side is given: it sends, and `wait()` returns the gradient. Between the two there is time for the next part of
+the batch, if the run sends one in parts (mergesfl/parts.py).
 
 Legend: d_i samples of worker i in one step, D their sum, F... shape of a sample at the cut.
 """
@@ -24,8 +24,8 @@ from mergesfl.training.split import SplitModel
 
 Setting = int | float | str | bool
 State = Mapping[str, Tensor]
-# (step, z (d_i, F...), y (d_i,)) -> a function that waits for dL/dz (d_i, F...). Of the parts of a batch, called once for
-# each in their order, L is the mean loss over the whole batch; the functions are called in the same order.
+# (step, z (d_i, F...), y (d_i,)) -> a function that waits for dL/dz (d_i, F...). Called for each part of a batch in their
+# order, and then what it returned in the same order; L is the mean loss over the whole batch.
 Exchange = Callable[[int, Tensor, Tensor], Callable[[], Tensor]]
 Batches = Iterator[tuple[Tensor, Tensor]]  # endless (x (d_i, *sample), y (d_i,))
 

@@ -254,7 +254,7 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
     num_samples = 0
     for step in range(assignment.num_steps):
         x, y = next(batches)  # (d_i, *sample), (d_i,)
-        sizes = part_sizes(len(y), assignment.parts_per_step)
+        sizes = list(part_sizes(len(y), assignment.parts_per_step))
         sent: list[tuple[Tensor, Callable[[], Tensor]]] = []  # of each part: z, and how to wait for its gradient
         for part, (x_part, y_part) in enumerate(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)):
             seed_dropout(bottom, seed_of_part(seed_for(assignment.seed, "step", step), part))
