@@ -348,7 +348,7 @@ def test_after_an_error_the_server_can_still_refuse() -> None:
         server.send(m.Goodbye("twice"))
 
 
-# -------------------------------------------------------------------------------------------------------------- in parts
+# ------------------------------------------------------------------------------------------------------------- in parts
 
 
 def in_parts(round_num: int = 7, batch_size: int = 5, parts_per_step: int = 3, num_exchanges: int = 2) -> m.Assign:
@@ -410,6 +410,7 @@ def test_there_are_no_more_parts_than_samples() -> None:
         server.receive(feat_part(0, 2))
 
 
+IN_TWO = m.Survey(7, 8, False, 8, 4, 4, parts_per_step=2)
 ONE_OUT = [*TO_IDLE, (DOWN, in_parts()), (UP, feat_part(0, 0))]
 ONE_ANSWERED = [*ONE_OUT, (DOWN, grad_part(0, 0))]
 
@@ -424,7 +425,7 @@ ONE_ANSWERED = [*ONE_OUT, (DOWN, grad_part(0, 0))]
         (ONE_ANSWERED, feat_part(1, 0), "Features carries step 1; expected 0"),
         (ONE_ANSWERED, update(7), "Update comes too early; expected Features of step 0"),
         ([*TO_IDLE, (DOWN, assign(7))], feat_part(0, 1), "Features carries part 1; expected 0"),
-        ([*TO_IDLE, (DOWN, m.Survey(7, 8, False, 8, 4, 4, 2)), (UP, m.Probe(7, PAYLOAD))], probe(7), "Probe carries part 0"),
+        ([*TO_IDLE, (DOWN, IN_TWO), (UP, probe(7))], probe(7), "Probe carries part 0; expected 1"),
     ],
 )  # fmt: skip
 def test_the_worker_must_keep_count_of_the_parts(script: list[tuple[str, Any]], message: Any, words: str) -> None:
@@ -512,7 +513,7 @@ def test_a_worker_that_was_released_drops_all_gradients_of_the_round() -> None:
 def test_a_survey_in_parts_probes_and_echoes_each() -> None:
     worker, server = Session(Role.WORKER), Session(Role.SERVER)
     script = [
-        *TO_IDLE, (DOWN, m.Survey(7, 8, False, 8, 4, 4, parts_per_step=2)),
+        *TO_IDLE, (DOWN, IN_TWO),
         (UP, m.Probe(7, PAYLOAD, 0)), (DOWN, m.Echo(7, 0.0, PAYLOAD, 0)),
         (UP, m.Probe(7, PAYLOAD, 1)), (DOWN, m.Echo(7, 0.0, PAYLOAD, 1)), (UP, report(7)),
     ]  # fmt: skip

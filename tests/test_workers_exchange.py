@@ -214,3 +214,84 @@ def test_batches_drawn_ahead_are_the_same_and_none_is_drawn_in_vain() -> None:
         batches.prepare()  # at most one ahead
     assert numbers == drawn == [0, 1, 2]
     assert int(next(batches)[0]) == 3  # more than was said are to be had, too
+
+
+class PipedLink:
+    """A link whose server answers the parts that are out one by one: each takes 2 s from when the one before was in."""
+
+    def __init__(self, clock: HandClock) -> None:
+        self.sent: list[Features] = []
+        self._clock = clock
+        self._num_answered = 0
+
+    def send(self, message: Message) -> None:
+        assert isinstance(message, Features)
+        self.sent.append(message)
+
+    def receive(self) -> Message:
+        self._clock.seconds += 2.0
+        asked = self.sent[self._num_answered]
+        self._num_answered += 1
+        return Gradient(asked.round_num, asked.step, 0.25, 2 * asked.features, part=asked.part)
+
+
+def test_a_step_in_two_parts_computes_while_the_first_is_out() -> None:
+    """By hand: forward 3 s, part 0 out; forward 1 s, part 1 out; gradient 0 after 2 s, backward 5 s, gradient 1 after
+    2 s, backward 6 s. Computed in all 15 s. From part 0 out to gradient 1 in 1 + 2 + 5 + 2 = 10 s, of these 6 s of
+    computing, and what was held delayed it by 0.25 s: 3.75 s of transfer. Every stretch is told of as it ends."""
+    clock, pace = HandClock(), NotingPace()
+    link = PipedLink(clock)
+    told: list[int] = []
+    measured = MeasuredPace(clock)
+    for one in (pace, measured):
+        clock.seconds, link.sent, link._num_answered = 0.0, [], 0
+        exchange = TimedExchange(
+            cast(Link, link), 100, 4, clock, one, CPU, PLAIN, "w", lambda: told.append(len(link.sent))
+        )
+        clock.seconds += 3.0
+        first = exchange(0, Z[:3], Y[:3])
+        clock.seconds += 1.0
+        second = exchange(0, Z[3:], Y[3:])
+        gradients = [first()]
+        clock.seconds += 5.0
+        gradients.append(second())
+        clock.seconds += 6.0
+        exchange.finish(1)
+        assert torch.equal(torch.cat(gradients), 2 * Z)
+    assert (exchange.compute_seconds, exchange.transfer_seconds) == (pytest.approx(15.0), pytest.approx(3.75))
+    assert [(one.step, one.part, len(one.labels)) for one in link.sent] == [(0, 0, 3), (0, 1, 1)]
+    assert told == [2, 2]  # the next batch is drawn when both parts are out
+    assert pace.stretches == [
+        Stretch(num_forward_samples=3),
+        Stretch(num_forward_samples=1),
+        Stretch(num_backward_samples=3),
+        Stretch(num_backward_samples=1),
+    ]
+
+
+def test_the_parts_of_the_next_step_are_counted_anew_and_its_first_forward_follows_the_last_backward() -> None:
+    clock, pace = HandClock(), NotingPace()
+    link = PipedLink(clock)
+    exchange = TimedExchange(cast(Link, link), 100, 4, clock, pace, CPU, PLAIN, "w")
+    for step in range(2):
+        waits = [exchange(step, Z[:2], Y[:2]), exchange(step, Z[2:], Y[2:])]
+        for wait in waits:
+            wait()
+    exchange.finish(2)
+    assert [(one.step, one.part) for one in link.sent] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert pace.stretches == [
+        Stretch(num_forward_samples=2),
+        Stretch(num_forward_samples=2),
+        Stretch(num_backward_samples=2),
+        Stretch(num_forward_samples=2, num_backward_samples=2),
+        Stretch(num_forward_samples=2),
+        Stretch(num_backward_samples=2),
+        Stretch(num_backward_samples=2),
+    ]
+
+
+def test_a_part_whose_gradient_has_the_rows_of_another_ends_the_session() -> None:
+    bench = Bench(gradient=torch.zeros(3, 2))
+    first, _ = bench.exchange(0, Z[:2], Y[:2]), bench.exchange(0, Z[2:], Y[2:])
+    with pytest.raises(SessionLostError, match=r"gradient float32\(3, 2\).*, expected float32\(2, 2\)"):
+        first()

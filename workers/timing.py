@@ -18,8 +18,10 @@ take g[P-1-j] after the first of them leaves; but none is taken in before the la
 line above. What computing hides of the transfer is not counted, so that both add up to what the step takes [ours].
 
 What is uncertain: a step whose answers leave the server partly held and partly not is taken for faster than it is, by
-no more than what was held. The server's own computing for a part counts as held, but where parts queue up behind it,
-it is taken for transfer, all but the first part's. What computing hides is not the same at every batch size.
+no more than what was held. Of one that was held and whose forward took longer than parts on their way, more than two,
+a little is taken for transfer that computing would have hidden. The server's own computing for a part counts as held,
+but where parts queue up behind it, it is taken for transfer, all but the first part's. What computing hides of the
+transfer is not the same share at every batch size.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from mergesfl.training.split import SplitModel
 
 Setting = int | float | str | bool
 State = Mapping[str, Tensor]
-# (step, z (d_i, F...), y (d_i,)) -> a function that waits for dL/dz (d_i, F...). Called for each part of a batch in their
-# order, and then what it returned in the same order; L is the mean loss over the whole batch.
+# (step, z (d_i, F...), y (d_i,)) -> a function that waits for dL/dz (d_i, F...). Called for each part of a batch in
+# their order, and then what it returned in the same order; L is the mean loss over the whole batch.
 Exchange = Callable[[int, Tensor, Tensor], Callable[[], Tensor]]
 Batches = Iterator[tuple[Tensor, Tensor]]  # endless (x (d_i, *sample), y (d_i,))
 
