@@ -101,6 +101,11 @@ class RoundExchange:
         """The workers still in the round, in plan order."""
         return list(self._active)
 
+    @property
+    def num_active(self) -> int:
+        """How many these are."""
+        return len(self._active)
+
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work."""
         plan = self._plan

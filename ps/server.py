@@ -287,7 +287,7 @@ class Server:
         return outcome.record(evaluation, accounts)
 
     def _require_quorum(self, plan: RoundPlan, exchange: RoundExchange) -> None:
-        needed, left = self._muster.quorum_of(len(plan.worker_ids)), len(exchange.active_ids)
+        needed, left = self._muster.quorum_of(len(plan.worker_ids)), exchange.num_active
         if left < needed:
             kind = InfiniteRoundError if exchange.not_finite else VoidRoundError
             raise kind(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")

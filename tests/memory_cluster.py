@@ -220,6 +220,7 @@ class ScriptedWorker:
         self.script = script
         self.ended = False
         self.deaf_until_seconds = 0.0  # a worker that computes does not read
+        self.dies_at_seconds = float("inf")
         self._clock = clock
         self._seconds_per_sample = seconds_per_sample
         self._outbox: list[tuple[float, Frames]] = []
@@ -244,10 +245,12 @@ class ScriptedWorker:
         now_seconds = self._clock.seconds
         if self.ended:
             return float("inf")
-        later = [self.deaf_until_seconds] if self.deaf_until_seconds > now_seconds else []
+        later = [self.dies_at_seconds, *([self.deaf_until_seconds] if self.deaf_until_seconds > now_seconds else [])]
         return min([max(due, now_seconds) for due, _ in self._outbox] + later, default=float("inf"))
 
     def act(self) -> None:
+        if self._clock.seconds >= self.dies_at_seconds and not self.ended:
+            self.vanish()
         if self.ended:
             return
         due = [entry for entry in self._outbox if entry[0] <= self._clock.seconds]
@@ -289,12 +292,11 @@ class ScriptedWorker:
             step = message.step + 1
             if message.part == len(part_sizes(self._assign.batch_size, self._assign.parts_per_step)) - 1:
                 honest = self._features(step) if step < self._assign.num_exchanges else [self._update()]
-        answers = [self.script(self, one) for one in honest if not self.ended]
-        if any(answer is not None for answer in answers) and not self.ended:
-            for answer in answers:
-                if answer is not None:
-                    self.say(answer)
-            self.act()
+        for one in honest:
+            answer = None if self.ended else self.script(self, one)
+            if answer is not None and not self.ended:
+                self.say(answer)
+                self.act()
 
     def _features(self, step: int) -> list[Message]:
         """Random, but the same for every attempt at this step of this round: (d, F...) and (d,), in its parts."""

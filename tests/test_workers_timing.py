@@ -43,7 +43,7 @@ def test_unsplit_it_is_the_exchange_less_what_was_held() -> None:
         # u = d = 1, b = 3: back at 2 and 3, the second is taken in when the first has gone backward, at 5.
         ([0, 0], [2, 5], [0, 0], 3, 2),
         ([0, 0], [11, 14], [9, 8], 3, 2),
-        # u = d = 1, f = 5: the second is out at 5 and back at 7; the first was back long before, also if it was held for 2.
+        # u = d = 1, f = 5: the second is out at 5 and back at 7; the first was back before, also if it was held for 2.
         ([0, 5], [5, 7], [0, 0], 5, 2),
         ([0, 5], [5, 7], [2, 0], 5, 2),
     ],
