@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mergesfl.codecs import find_codec, find_weight_codec
 from mergesfl.errors import ConfigError, nearest
+from mergesfl.parts import MAX_PARTS_PER_STEP
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +33,7 @@ Memory = Annotated[float, Field(ge=0, lt=1, strict=True)]
 NotNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Slowdown = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 VoidRounds = Annotated[int, Field(ge=1, le=99, strict=True)]
+PartsPerStep = Annotated[int, Field(ge=1, le=MAX_PARTS_PER_STEP, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 
 
@@ -93,6 +95,9 @@ class TrainingConfig(Section):
     # there as it arrives, answering at once (streaming): faster where times vary, the same mathematics. In-order: the
     # same, and equal to the bit whatever the order of arrival, for a third more of the server's computing.
     merge: Literal["barrier", "streaming", "streaming-in-order"] = "barrier"
+    # Streaming, a worker sends its batch of a step in so many parts: while the gradient of one comes down the next is
+    # computed and goes up. The same mathematics, but for dropout masks, which are drawn part by part.
+    parts_per_step: PartsPerStep = 1
     evaluate_every_rounds: PositiveInt = 1
     evaluation_batch_size: PositiveInt = 256
 
@@ -217,6 +222,17 @@ class RunConfig(Section):
             value = getattr(self.method, key)
             if value and self.method.name != "mergesfl+":
                 raise ValueError(f"method.{key} = {value} is for method.name = 'mergesfl+', not '{self.method.name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> RunConfig:
+        """At the barrier a part would wait for all the others, and nothing would be gained."""
+        parts, merge = self.training.parts_per_step, self.training.merge
+        if parts > 1 and merge == "barrier":
+            raise ValueError(
+                f"training.parts_per_step = {parts} is for a server that answers features as they arrive: set "
+                "training.merge = 'streaming' or 'streaming-in-order', or training.parts_per_step = 1"
+            )
         return self
 
     @property

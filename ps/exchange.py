@@ -6,7 +6,7 @@ Legend: d_i samples of worker i in one step, F... shape of one sample at the cut
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from mergesfl.control.plan import RoundPlan
 from mergesfl.errors import MergeSFLError, RemoteProtocolError
 from mergesfl.methods.base import MAY_OMIT_TENSORS, Setting, State, StepFeatures
+from mergesfl.parts import part_sizes
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
@@ -37,6 +38,7 @@ class Arrival:
 
     message: Features | Update
     received_seconds: float
+    magnitude: float = 0.0  # max |z| of features
 
 
 class RoundExchange:
@@ -52,6 +54,7 @@ class RoundExchange:
         step_deadline_seconds: how long to wait for the answers to one step.
         attempt: 1, 2, ... at this round.
         codecs: of the run.
+        parts_per_step: in how many parts a worker sends its batch, if it has as many samples.
     """
 
     def __init__(
@@ -65,10 +68,13 @@ class RoundExchange:
         step_deadline_seconds: float,
         attempt: int,
         codecs: RunCodecs,
+        parts_per_step: int = 1,
     ) -> None:
         self._wire_round = wire_round(plan.round_num, attempt)
         self._plan = plan
         self._batch_sizes = dict(zip(plan.worker_ids, plan.batch_sizes, strict=True))
+        self._parts_per_step = parts_per_step
+        self._part_sizes = {name: part_sizes(size, parts_per_step) for name, size in self._batch_sizes.items()}
         self._switchboard = switchboard
         self._fleet = fleet
         self._num_removed = -1  # of the fleet, when somebody was last looked for who is gone
@@ -83,17 +89,22 @@ class RoundExchange:
         self._may_omit: set[str] = set()  # workers that may send fewer tensors back
         self._step = 0
         self._outliers = Outliers()
-        self._magnitudes: dict[str, float] = {}  # worker_id -> max |z| of this step
         self.not_finite = False  # somebody sent what is not finite
         self.dropped: list[DroppedWorker] = []
         self.missed_deadline: list[str] = []
         self.assigned_seconds: dict[str, float] = {}
-        self.held_seconds: dict[str, float] = dict.fromkeys(plan.worker_ids, 0.0)  # of all its requests together
+        self.held_seconds: dict[str, float] = dict.fromkeys(plan.worker_ids, 0.0)  # while any of its requests was here
+        self._answered_seconds: dict[str, float] = {}  # worker_id -> when it was last answered
 
     @property
     def active_ids(self) -> list[str]:
         """The workers still in the round, in plan order."""
         return list(self._active)
+
+    @property
+    def num_active(self) -> int:
+        """How many these are."""
+        return len(self._active)
 
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work."""
@@ -118,24 +129,29 @@ class RoundExchange:
                 dict(settings[name]),
                 plain,
                 parts,
+                self._parts_per_step,
             )
             self._switchboard.send(member, assign)
             self.assigned_seconds[name] = self._clock.now_seconds()
         self._prune()
 
-    def gather_features(self, step: int, device: torch.device) -> tuple[list[StepFeatures], dict[str, float]]:
+    def gather_features(self, step: int, device: torch.device) -> tuple[list[StepFeatures], list[float]]:
         """Waits for the features of one step: what arrived, in plan order, and when each was received."""
-        self._step, self._magnitudes = step, {}
+        self._step = step
         arrivals = self._gather(Features, self._step_deadline_seconds, {})
-        self._outliers.note(self._magnitudes)
-        return self._step_features({name: arrivals[name] for name in self._active}, device)
+        self._outliers.note({name: arrival.magnitude for name, arrival in arrivals.items()})
+        return self._step_features(list(arrivals.items()), device)
 
-    def scatter_gradients(
-        self, step: int, gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]
+    def answer(
+        self,
+        step: int,
+        arrived: Sequence[StepFeatures],
+        gradients: Sequence[torch.Tensor],
+        received_seconds: Sequence[float],
     ) -> None:
-        """Answers each worker with its slice (d_i, F...), given in plan order."""
-        for name, gradient in zip(list(self._active), gradients, strict=True):
-            self._answer(name, step, gradient, received_seconds[name])
+        """Answers these workers with their gradients (d_i, F...)."""
+        for one, gradient, seconds in zip(arrived, gradients, received_seconds, strict=True):
+            self._answer(one, step, gradient, seconds)
         self._prune()
 
     def gather_updates(self) -> dict[str, Arrival]:
@@ -166,21 +182,26 @@ class RoundExchange:
         self._active = {}
 
     def _step_features(
-        self, arrivals: Mapping[str, Arrival], device: torch.device
-    ) -> tuple[list[StepFeatures], dict[str, float]]:
+        self, arrivals: Sequence[tuple[str, Arrival]], device: torch.device
+    ) -> tuple[list[StepFeatures], list[float]]:
         """What these workers sent, in this order, on the device of the top, and when each was received."""
-        messages = [arrival.message for arrival in arrivals.values()]
-        features = to_tensors([one.features for one in messages if isinstance(one, Features)], device)  # (d_i, F...)
-        labels = to_tensors([one.labels for one in messages if isinstance(one, Features)], device)  # (d_i,)
-        arrived = [StepFeatures(*one) for one in zip(arrivals, features, labels, strict=True)]
-        return arrived, {name: arrival.received_seconds for name, arrival in arrivals.items()}
+        messages = [arrival.message for _, arrival in arrivals if isinstance(arrival.message, Features)]
+        features = to_tensors([one.features for one in messages], device)  # (d_i, F...)
+        labels = to_tensors([one.labels for one in messages], device)  # (d_i,)
+        places = [(name, one.part) for (name, _), one in zip(arrivals, messages, strict=True)]
+        arrived = [StepFeatures(name, z, y, part) for (name, part), z, y in zip(places, features, labels, strict=True)]
+        return arrived, [arrival.received_seconds for _, arrival in arrivals]
 
-    def _answer(self, name: str, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
-        """Sends one worker its gradient (d_i, F...)."""
-        values, parts = self._codecs.encode_gradient(to_array(gradient), name, self._wire_round, step)
-        held_seconds = self._clock.now_seconds() - received_seconds  # encoding is computing, too
-        self.held_seconds[name] += held_seconds
-        self._switchboard.send(self._active[name], Gradient(self._wire_round, step, held_seconds, values, parts))
+    def _answer(self, one: StepFeatures, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
+        """Sends one worker the gradient (d_i, F...) for these features."""
+        name, part = one.worker_id, one.part
+        values, others = self._codecs.encode_gradient(to_array(gradient), name, self._wire_round, step, part)
+        now_seconds = self._clock.now_seconds()  # encoding is computing, too
+        begin_seconds = max(received_seconds, self._answered_seconds.get(name, received_seconds))
+        self.held_seconds[name] += now_seconds - begin_seconds  # another part of it may have been here, too
+        self._answered_seconds[name] = now_seconds
+        answer = Gradient(self._wire_round, step, now_seconds - received_seconds, values, others, part)
+        self._switchboard.send(self._active[name], answer)
 
     def _step_of(self, name: str) -> int:
         """The step that this worker is in."""
@@ -195,58 +216,65 @@ class RoundExchange:
         """
         waiting = {name: member for name, member in self._active.items() if name not in arrivals}
 
-        def missing() -> list[Member]:  # at every message: little work, however many workers there are
+        def missing() -> Collection[Member]:  # at every message: little work, however many workers there are
             if self._prune():
                 for name in waiting.keys() - self._active.keys():
                     del waiting[name]
-            return list(waiting.values())
+            return waiting.values()
 
         def take(member: Member, message: RoundMessage) -> None:
             if self._active.get(member.worker_id) is member and isinstance(message, kind):
-                self._take(member, message, arrivals)
+                arrival = self._accepted(member, message)
+                if arrival is not None:
+                    arrivals[member.worker_id] = arrival
                 waiting.pop(member.worker_id, None)  # it has arrived, or is out of the round
 
         wait_for_answers(self._switchboard, self._clock, deadline_seconds, missing, take)
-        for member in missing():
+        for member in list(missing()):
             self._miss(member.worker_id, deadline_seconds)
         return {name: arrivals[name] for name in self._active}
 
-    def _take(self, member: Member, message: Features | Update, arrivals: dict[str, Arrival]) -> None:
+    def _accepted(self, member: Member, message: Features | Update) -> Arrival | None:
+        """The message, decoded and checked; None: it was of no use, and its worker is out of the round."""
         received_seconds = self._clock.now_seconds()  # decoding is computing, not transfer
         try:
             message = self._decoded(member.worker_id, message)
-            self._check(member, message)
+            return Arrival(message, received_seconds, self._check(member, message))
         except RemoteProtocolError as error:
             self._switchboard.expel(member, error)
         except _NotFiniteError as error:
             self._give_up(member, str(error))
-        else:
-            arrivals[member.worker_id] = Arrival(message, received_seconds)
+        return None
 
     def _decoded(self, name: str, message: Features | Update) -> Features | Update:
         """What the worker meant. Raises RemoteProtocolError for what the run's codec does not make."""
         try:
             if isinstance(message, Update):
                 return self._codecs.decode_update(message)
-            return self._codecs.decode_features(message, (self._batch_sizes[name], *self._feature_shape))
+            num_samples = self._part_sizes[name][message.part]  # the session has seen to it that there is such a part
+            return self._codecs.decode_features(message, (num_samples, *self._feature_shape))
         except RemoteProtocolError as error:
             raise RemoteProtocolError(f"worker '{name}' {error}") from None
 
-    def _check(self, member: Member, message: Features | Update) -> None:
-        """Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use."""
-        name, batch_size = member.worker_id, self._batch_sizes[member.worker_id]
+    def _check(self, member: Member, message: Features | Update) -> float:
+        """max |z| of features, 0 of a state.
+
+        Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use.
+        """
+        name = member.worker_id
         if isinstance(message, Update):
-            expected_samples = batch_size * self._plan.num_steps
+            expected_samples = self._batch_sizes[name] * self._plan.num_steps
             if message.num_samples != expected_samples:
                 raise RemoteProtocolError(
                     f"worker '{name}' trained {message.num_samples} samples, not {expected_samples}"
                 )
             self._check_state(name, message.state)
-            return
-        if message.labels.shape != (batch_size,) or message.labels.dtype != np.int64:
+            return 0.0
+        num_samples = self._part_sizes[name][message.part]
+        if message.labels.shape != (num_samples,) or message.labels.dtype != np.int64:
             raise RemoteProtocolError(
                 f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, "
-                f"expected int64{(batch_size,)}"
+                f"expected int64{(num_samples,)}"
             )
         labels = message.labels
         if len(labels) and not int(labels.view(np.uint64).max()) < self._num_classes:  # what is negative is huge
@@ -258,7 +286,7 @@ class RoundExchange:
         magnitude = float(max(features.max(), -features.min())) if features.size else 0.0  # NaN: both are NaN
         if not math.isfinite(magnitude):
             raise _NotFiniteError(f"worker '{name}' sent features that are not finite")
-        self._magnitudes[name] = magnitude
+        return magnitude
 
     def _check_state(self, name: str, state: Mapping[str, np.ndarray]) -> None:
         """A trained state has the names, shapes and dtypes of the one that was assigned, and finite numbers.
@@ -281,17 +309,16 @@ class RoundExchange:
 
     def _give_up(self, member: Member, reason: str) -> None:
         """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""
-        del self._active[member.worker_id]
+        self._drop(member.worker_id, reason)
         self.not_finite = True
-        self.dropped.append(DroppedWorker(member.worker_id, self._step_of(member.worker_id), reason))
         if member.session.round_num is not None:  # after an Update there is nothing to drop
             self._switchboard.send(member, Release(self._wire_round, clipped(reason)))
 
     def _miss(self, name: str, deadline_seconds: float) -> None:
         """A worker that is reachable but too slow: released, and not chosen again before it has been heard."""
-        member = self._active.pop(name)
+        member = self._active[name]
         reason = f"no answer within {deadline_seconds:g} s (cluster.step_deadline_seconds)"
-        self.dropped.append(DroppedWorker(name, self._step_of(name), reason))
+        self._drop(name, reason)
         self.missed_deadline.append(name)
         if self._switchboard.send(member, Release(self._wire_round, reason)):
             member.silent = True
@@ -303,6 +330,10 @@ class RoundExchange:
         self._num_removed = self._fleet.num_removed
         gone = [(name, member.gone_reason) for name, member in self._active.items() if member.gone_reason is not None]
         for name, reason in gone:
-            del self._active[name]
-            self.dropped.append(DroppedWorker(name, self._step_of(name), reason))
+            self._drop(name, reason)
         return bool(gone)
+
+    def _drop(self, name: str, reason: str) -> None:
+        """Takes a worker out of the round."""
+        self.dropped.append(DroppedWorker(name, self._step_of(name), reason))
+        del self._active[name]

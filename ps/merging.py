@@ -4,11 +4,17 @@ With a barrier [paper] a step takes as long as the slowest of its workers, in ev
 step k meet the top as it stands before step k, in whatever groups they come, and are answered at once; the top steps
 with the sum of (d_i / D) * gradient of L_i when the last worker that is left has been processed. That is the same step
 (mergesfl/training/merging.py). What arrives of step k + 1 meanwhile waits for it. If a worker is lost, the weights are
-those among the workers that were processed before the step.
+those among the samples that were processed before the step.
 
 What streaming saves: the slowest worker of one step need not be that of the next. A round takes about the largest of
 the workers' sums over the steps, where with the barrier it takes the sum over the steps of the largest. Nothing changes
 for the planner, whose t_i (Eq. 7) are such sums: it makes them equal in either case.
+
+In parts (training.parts_per_step) the slowest worker's own step becomes shorter, too: what it sends, what the top does
+with it, and what comes back no longer come one after the other. Each part is answered when it is there, with its rows
+of the gradient of the worker's mean loss over its whole batch. With ways up and down that are equally long and do not
+share the air P parts take (P + 1) / 2P of an unsplit step's transfer. On a half-duplex link, Wi-Fi for example, where
+one direction waits for the other, nothing of that is gained, and only computing is hidden.
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ def merge_at_barrier(
         charge(_num_samples(arrived))
         if not _are_finite(gradients):
             raise _infinite(step)
-        exchange.scatter_gradients(step, gradients, received_seconds)
+        exchange.answer(step, arrived, gradients, received_seconds)
         num_samples_trained += _num_samples(arrived)
     return num_samples_trained
 
@@ -76,7 +82,7 @@ def merge_as_they_arrive(
         exchange.begin_step(step)
         program.begin_step(step, exchange.active_ids, in_order)
         is_finite = True
-        while exchange.open_ids:
+        while exchange.is_step_open:
             group, received_seconds = exchange.next_group(device)
             require_quorum()
             if not group or not is_finite:
@@ -85,7 +91,7 @@ def merge_as_they_arrive(
             charge(_num_samples(group))
             is_finite = _are_finite(gradients)
             if is_finite:
-                exchange.answer_group(group, gradients, received_seconds)
+                exchange.answer(step, group, gradients, received_seconds)
                 num_samples_trained += _num_samples(group)
         exchange.end_step()
         require_quorum()  # of those who were answered, too

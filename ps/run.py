@@ -19,6 +19,7 @@ from mergesfl.errors import ConfigError
 from mergesfl.methods import CENTRAL, check_streaming, find_method
 from mergesfl.methods.base import MethodSettings, copy_state
 from mergesfl.methods.central import train_round
+from mergesfl.methods.split_program import check_parts
 from mergesfl.models import build_model
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Welcome
@@ -143,6 +144,7 @@ def set_scene(config: RunConfig, partition: str, clock: Clock, progress: Progres
     network = build_network(config, dataset)
     if config.training.merge != "barrier" and config.method.name != CENTRAL:
         check_streaming(config.method.name, network, method_settings(config, dataset.sample_shape))
+        check_parts(network, config.training.parts_per_step)
     sample_bytes = run_codecs(config).feature_bytes(network.feature_shape(dataset.sample_shape))
     if (config.control.ingress_budget_bytes or sample_bytes) < sample_bytes:
         raise ConfigError(
@@ -206,7 +208,8 @@ def serve(
     )
     settings = method_settings(config, dataset.sample_shape)
     method = find_method(config.method.name)
-    questions = Questions.of(network, settings, feature_shape, method.splits, codecs)
+    parts_per_step = config.training.parts_per_step
+    questions = Questions.of(network, settings, feature_shape, method.splits, codecs, parts_per_step)
     survey = FleetSurvey(questions, config.control, fleet, switchboard, scene.clock)
     program = method.make_server(network, settings, scene.device)
     evaluator = make_evaluator(scene.evaluate, scene.clock)

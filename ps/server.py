@@ -220,6 +220,7 @@ class Server:
             config.cluster.step_deadline_seconds,
             attempt,
             self._codecs,
+            config.training.parts_per_step,
         )
         try:
             program.open(plan, view)
@@ -299,7 +300,7 @@ class Server:
         )
 
     def _require_quorum(self, plan: RoundPlan, exchange: RoundExchange) -> None:
-        needed, left = self._muster.quorum_of(len(plan.worker_ids)), len(exchange.active_ids)
+        needed, left = self._muster.quorum_of(len(plan.worker_ids)), exchange.num_active
         if left < needed:
             kind = InfiniteRoundError if exchange.not_finite else VoidRoundError
             raise kind(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")

@@ -1,17 +1,22 @@
 """The messages of a round whose features are processed as they arrive.
 
 While a step is open, a worker that has its gradient computes on and sends the features of the next step, or after the
-last one its trained state. They are kept until their turn comes: one message per worker at most, for it sends one and
-then waits. So nobody is ever more than one step ahead, and a worker's session is the same as at the barrier.
+last one its trained state. They are kept until their turn comes: of one step at most, for it sends one and then waits.
+So nobody is ever more than one step ahead, and a worker's session is the same as at the barrier. Where a step goes in
+parts (training.parts_per_step), each of them is a message of its own and is answered as it comes, in the order of the
+parts; a worker is through with the step when all of them were handed on.
 
 A worker has cluster.step_deadline_seconds from its own last answer on, however long the others take. Features that
 arrive while the server computes are read when it has finished, and count as held from then on: the worker sees the
 rest, the computing for one group at most, as transfer.
+
+However many workers there are, a message costs the same: of those that the step waits for, who is due first stands
+first, because all have the same deadline and whoever is answered goes to the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -26,53 +31,73 @@ ROUNDING_SECONDS = 1e-6  # now + (due - now) may be a little less than due
 
 
 class StreamingExchange(RoundExchange):
-    """Hands on whoever has arrived, and answers each group on its own."""
+    """Hands on whatever has arrived, and answers each group on its own."""
 
-    _inbox: dict[str, Arrival]  # worker_id -> what it has sent and nobody has taken yet
+    _inbox: dict[str, list[Arrival]]  # worker_id -> what it has sent and nobody has taken yet, never empty
     _due_seconds: dict[str, float]  # worker_id -> when its next message must be here
-    _taken: set[str]  # whose features of the open step have been handed on: they are in the next one
-    _step_magnitudes: dict[str, float]  # worker_id -> max |z|, of those
+    _num_open: dict[str, int]  # worker_id -> parts of the open step that have not been handed on, if there are any
+    _ready: set[str]  # of these workers those of whom there is something in the inbox
+    _awaited: dict[str, Member]  # and the others, who is due first comes first
+    _places: dict[str, int]  # worker_id -> place in the plan
+    _step_magnitudes: dict[str, float]  # worker_id -> max |z| of what has been handed on
     _probing: Probing
 
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work; nothing has arrived yet."""
-        self._inbox, self._taken = {}, set()
+        self._step = -1  # all that are left are through with the step before the first
+        self._inbox, self._num_open, self._ready, self._awaited = {}, {}, set(), {}
+        self._places = {name: place for place, name in enumerate(self._active)}
         super().assign(method, settings, states)
         self._due_seconds = {
             name: seconds + self._step_deadline_seconds for name, seconds in self.assigned_seconds.items()
         }
 
     @property
-    def open_ids(self) -> list[str]:
-        """The workers whose features of the open step have not been handed on, in plan order."""
-        return [name for name in self._active if name not in self._taken]
+    def is_step_open(self) -> bool:
+        """Whether there are features of the open step that have not been handed on."""
+        return bool(self._num_open)
 
     def begin_step(self, step: int) -> None:
         """Opens a step of all workers that are still in the round."""
-        self._step, self._taken, self._step_magnitudes = step, set(), {}
+        self._step, self._step_magnitudes = step, {}
+        self._num_open = {name: len(self._part_sizes[name]) for name in self._active}
+        self._ready = {name for name in self._active if name in self._inbox}
+        awaited = [name for name in self._active if name not in self._inbox]
+        self._awaited = {name: self._active[name] for name in sorted(awaited, key=self._due_seconds.__getitem__)}
         self._probing = Probing(self._clock, self._switchboard.patience.probe_seconds)
 
-    def next_group(self, device: torch.device) -> tuple[list[StepFeatures], dict[str, float]]:
+    def next_group(self, device: torch.device) -> tuple[list[StepFeatures], list[float]]:
         """Waits for features of the open step; then all that are there, in plan order, and when each was received.
 
         None are returned when instead of an arrival somebody was lost.
         """
         self._drain()
-        if not self._ready_ids():
+        if not self._ready:
             self._wait()
-        arrivals = {name: self._inbox.pop(name) for name in self._ready_ids()}
-        for name in arrivals:
-            self._taken.add(name)
-            self._step_magnitudes[name] = self._magnitudes[name]  # a worker that waits has sent nothing since
+        arrivals: list[tuple[str, Arrival]] = []
+        for name in sorted(self._ready, key=self._places.__getitem__):
+            own = self._inbox.pop(name)
+            arrivals += [(name, arrival) for arrival in own]
+            magnitudes = (arrival.magnitude for arrival in own)
+            self._step_magnitudes[name] = max(self._step_magnitudes.get(name, 0.0), *magnitudes)
+            self._num_open[name] -= len(own)
+            if not self._num_open[name]:
+                del self._num_open[name]
+            self._expect(name)
+        self._ready = set()
         return self._step_features(arrivals, device)
 
-    def answer_group(
-        self, group: Sequence[StepFeatures], gradients: Sequence[torch.Tensor], received_seconds: Mapping[str, float]
+    def answer(
+        self,
+        step: int,
+        arrived: Sequence[StepFeatures],
+        gradients: Sequence[torch.Tensor],
+        received_seconds: Sequence[float],
     ) -> None:
-        """Answers these workers with their gradients (d_i, F...); each has the step deadline for its next message."""
-        for one, gradient in zip(group, gradients, strict=True):
-            self._answer(one.worker_id, self._step, gradient, received_seconds[one.worker_id])
-            self._due_seconds[one.worker_id] = self._clock.now_seconds() + self._step_deadline_seconds
+        """Answers these workers with their gradients; each has the step deadline for its next message."""
+        for one, gradient, seconds in zip(arrived, gradients, received_seconds, strict=True):
+            self._answer(one, step, gradient, seconds)
+            self._expect(one.worker_id)
         self._prune()
 
     def end_step(self) -> None:
@@ -81,35 +106,39 @@ class StreamingExchange(RoundExchange):
 
     def gather_updates(self) -> dict[str, Arrival]:
         """Waits for the trained states that are not here yet."""
-        self._step, self._taken = self._plan.num_steps, set()
-        arrived, self._inbox = self._inbox, {}  # a state is held by those who use it alone
+        arrived = {name: own[0] for name, own in self._inbox.items() if name in self._active}
+        self._inbox = {}  # a state is held by those who use it alone
         return self._gather(Update, self._step_deadline_seconds, arrived)
 
     def _step_of(self, name: str) -> int:
-        return self._step + (name in self._taken)
+        return self._step + (name not in self._num_open)
 
-    def _ready_ids(self) -> list[str]:
-        return [name for name in self.open_ids if name in self._inbox]
-
-    def _missing(self) -> list[Member]:
-        """Whom the open step waits for."""
-        return [self._active[name] for name in self.open_ids if name not in self._inbox]
+    def _expect(self, name: str) -> None:
+        """From now on this worker has the step deadline for its next message."""
+        self._due_seconds[name] = self._clock.now_seconds() + self._step_deadline_seconds
+        if name in self._num_open:
+            self._awaited.pop(name, None)
+            self._awaited[name] = self._active[name]
 
     def _wait(self) -> None:
         """Until somebody of the open step is there or late; drops those who are late."""
 
-        def missing() -> list[Member]:
+        def missing() -> Collection[Member]:
             self._prune()
-            return [] if self._ready_ids() else self._missing()
+            return () if self._ready else self._awaited.values()
 
-        due_seconds = min((self._due_seconds[member.worker_id] for member in missing()), default=0.0)
+        missing()
+        first = next(iter(self._awaited), None)
+        due_seconds = 0.0 if first is None else self._due_seconds[first]
         deadline_seconds = max(due_seconds - self._clock.now_seconds(), 0.0)
         wait_for_answers(self._switchboard, self._clock, deadline_seconds, missing, self._keep, self._probing)
         self._drain()
         now_seconds = self._clock.now_seconds()
-        for member in self._missing():
-            if now_seconds >= self._due_seconds[member.worker_id] - ROUNDING_SECONDS:
-                self._miss(member.worker_id, self._step_deadline_seconds)
+        while self._awaited:
+            first = next(iter(self._awaited))
+            if now_seconds < self._due_seconds[first] - ROUNDING_SECONDS:
+                break
+            self._miss(first, self._step_deadline_seconds)
 
     def _drain(self) -> None:
         """Reads what has arrived, without waiting; not for ever, should a peer never stop talking."""
@@ -123,5 +152,21 @@ class StreamingExchange(RoundExchange):
         self._prune()
 
     def _keep(self, member: Member, message: RoundMessage) -> None:
-        if self._active.get(member.worker_id) is member and isinstance(message, Features | Update):
-            self._take(member, message, self._inbox)
+        name = member.worker_id
+        if self._active.get(name) is not member or not isinstance(message, Features | Update):
+            return
+        arrival = self._accepted(member, message)
+        if arrival is None:
+            return
+        self._inbox.setdefault(name, []).append(arrival)
+        if name in self._num_open:
+            self._ready.add(name)
+            self._awaited.pop(name, None)
+
+    def _drop(self, name: str, reason: str) -> None:
+        """What it has sent and nobody has taken is dropped with it."""
+        super()._drop(name, reason)
+        self._inbox.pop(name, None)
+        self._num_open.pop(name, None)
+        self._ready.discard(name)
+        self._awaited.pop(name, None)

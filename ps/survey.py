@@ -3,7 +3,9 @@
 Spec, section 1, step 1 [paper]: "Workers report compute and transfer time per sample"; the smoothing is Eq. 5 and 6.
 The messages are ours (mergesfl/protocol/messages.py): a Survey goes to all workers at once; each computes one step,
 sends a Probe, gets an Echo, and reports. A worker that does not report within the deadline is released,
-keeps its estimate, and is not chosen before it has been heard again.
+keeps its estimate, and is not chosen before it has been heard again. If the rounds' steps go in parts
+(training.parts_per_step), so does the step of a survey, each part with a Probe and an Echo of its own: what overlaps in
+a round overlaps in the survey, and the sum that is reported is that of such a step.
 
 What is sent per sample [ours]:
 
@@ -19,6 +21,7 @@ latency counts for more in it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,6 +29,7 @@ import numpy as np
 from mergesfl.config import ControlConfig
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.methods.base import MethodSettings
+from mergesfl.parts import part_bytes
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import SURVEY_ATTEMPT, Echo, Probe, Release, Report, Survey, wire_round
 from mergesfl.runtime.arrays import state_to_arrays
@@ -36,7 +40,9 @@ from ps.outcome import MIN_COMPUTE_SECONDS_PER_SAMPLE
 from ps.switchboard import RoundMessage, Switchboard
 from ps.waiting import wait_for_answers
 
-SURVEY_SAMPLES = 8  # of the one step: little for the slowest worker, and not all fixed cost for the fastest [ours]
+# Of the one step, or of each of its parts, which have fixed costs of their own: little for the slowest worker, and not
+# all fixed cost for the fastest. [ours]
+SURVEY_SAMPLES = 8
 FEDERATED_PROBE_BYTES = 1 << 16  # about; a probe stands for whole samples [ours]
 
 log = logging.getLogger("ps")
@@ -51,16 +57,23 @@ class Questions:
     num_probe_samples: int
     probe_bytes: int
     echo_bytes: int
+    parts_per_step: int = 1
 
     @staticmethod
     def of(
-        network: SplitModel, settings: MethodSettings, feature_shape: tuple[int, ...], splits: bool, codecs: RunCodecs
+        network: SplitModel,
+        settings: MethodSettings,
+        feature_shape: tuple[int, ...],
+        splits: bool,
+        codecs: RunCodecs,
+        parts_per_step: int = 1,
     ) -> Questions:
-        """For a split or a federated method on this network."""
-        num_samples = min(SURVEY_SAMPLES, settings.batch_size)
+        """For a split or a federated method on this network; only a split one has steps in parts."""
+        num_samples = min(SURVEY_SAMPLES * parts_per_step, settings.batch_size)
         if splits:
             up_bytes, down_bytes = codecs.feature_bytes(feature_shape), codecs.gradient_bytes(feature_shape)
-            return Questions(num_samples, False, num_samples, num_samples * up_bytes, num_samples * down_bytes)
+            probe = (num_samples, num_samples * up_bytes, num_samples * down_bytes)
+            return Questions(num_samples, False, *probe, parts_per_step)
         model_bytes = codecs.state_bytes(state_to_arrays(network.joined_state_dict()))
         model_bytes_per_sample = model_bytes / (settings.num_steps * settings.batch_size)
         num_probe_samples = max(1, round(FEDERATED_PROBE_BYTES / max(model_bytes_per_sample, 1.0)))
@@ -84,6 +97,10 @@ class FleetSurvey:
     ) -> None:
         self._questions = questions
         self._echo_payload = np.zeros(questions.echo_bytes, np.uint8)  # (m,)
+        self._probe_bytes, self._echo_bytes = (
+            part_bytes(num_bytes, questions.num_probe_samples, questions.parts_per_step)
+            for num_bytes in (questions.probe_bytes, questions.echo_bytes)
+        )
         self._every_rounds = control.survey_every_rounds
         self._deadline_seconds = control.survey_deadline_seconds
         self._fleet = fleet
@@ -101,12 +118,12 @@ class FleetSurvey:
         reports: dict[str, Report] = {}
         waiting, num_removed = dict(asked), -1
 
-        def missing() -> list[Member]:  # at every message: little work, however many workers there are
+        def missing() -> Collection[Member]:  # at every message: little work, however many workers there are
             nonlocal waiting, num_removed
             if self._fleet.num_removed != num_removed:
                 num_removed = self._fleet.num_removed
                 waiting = {name: member for name, member in waiting.items() if member.gone_reason is None}
-            return list(waiting.values())
+            return waiting.values()
 
         def take(member: Member, message: RoundMessage) -> None:
             if asked.get(member.worker_id) is not member:
@@ -120,7 +137,7 @@ class FleetSurvey:
         for member in asked.values():
             self._switchboard.send(member, self._question(wire_round_num))
         wait_for_answers(self._switchboard, self._clock, self._deadline_seconds, missing, take)
-        for member in missing():
+        for member in list(missing()):
             self._release(member, wire_round_num)
         for name in asked:  # by worker_id, not by arrival
             if name in reports:
@@ -133,12 +150,14 @@ class FleetSurvey:
     def _echo(self, member: Member, probe: Probe) -> None:
         """Answers with as much as a gradient or a model would be, if what has come is as much as was asked for."""
         received_seconds = self._clock.now_seconds()
-        if len(probe.payload) != self._questions.probe_bytes:
-            error = f"sent a probe of {len(probe.payload)} bytes, expected {self._questions.probe_bytes}"
+        expected_bytes = self._probe_bytes[probe.part]  # the session has seen to it that there is such a part
+        if len(probe.payload) != expected_bytes:
+            error = f"sent a probe of {len(probe.payload)} bytes, expected {expected_bytes}"
             self._switchboard.expel(member, RemoteProtocolError(f"worker '{member.worker_id}' {error}"))
             return
         held_seconds = self._clock.now_seconds() - received_seconds
-        self._switchboard.send(member, Echo(probe.round_num, held_seconds, self._echo_payload))
+        payload = self._echo_payload[: self._echo_bytes[probe.part]]
+        self._switchboard.send(member, Echo(probe.round_num, held_seconds, payload, probe.part))
 
     def _release(self, member: Member, wire_round_num: int) -> None:
         """A worker that is reachable but too slow: not chosen before it has been heard again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 from mergesfl.runtime.clock import Clock
 from ps.fleet import Member
@@ -35,7 +35,7 @@ def wait_for_answers(
     switchboard: Switchboard,
     clock: Clock,
     deadline_seconds: float,
-    missing: Callable[[], Sequence[Member]],
+    missing: Callable[[], Collection[Member]],
     take: Callable[[Member, RoundMessage], None],
     probing: Probing | None = None,
 ) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from mergesfl.config import RunConfig, load_config
 from mergesfl.errors import RemoteProtocolError
+from mergesfl.parts import part_bytes, part_sizes
 from mergesfl.protocol.codec import decode, encode, wire_bytes
 from mergesfl.protocol.coding import PLAIN, RunCodecs
 from mergesfl.protocol.messages import (
@@ -220,11 +221,13 @@ class ScriptedWorker:
         self.script = script
         self.ended = False
         self.deaf_until_seconds = 0.0  # a worker that computes does not read
+        self.dies_at_seconds = float("inf")
         self._clock = clock
         self._seconds_per_sample = seconds_per_sample
         self._outbox: list[tuple[float, Frames]] = []
         self.codecs = PLAIN
         self._assign: Assign | None = None
+        self._survey: Survey | None = None
         self.endpoint = hub.worker()
         self.say(registration(worker_id, label_counts))
 
@@ -243,10 +246,12 @@ class ScriptedWorker:
         now_seconds = self._clock.seconds
         if self.ended:
             return float("inf")
-        later = [self.deaf_until_seconds] if self.deaf_until_seconds > now_seconds else []
+        later = [self.dies_at_seconds, *([self.deaf_until_seconds] if self.deaf_until_seconds > now_seconds else [])]
         return min([max(due, now_seconds) for due, _ in self._outbox] + later, default=float("inf"))
 
     def act(self) -> None:
+        if self._clock.seconds >= self.dies_at_seconds and not self.ended:
+            self.vanish()
         if self.ended:
             return
         due = [entry for entry in self._outbox if entry[0] <= self._clock.seconds]
@@ -266,36 +271,47 @@ class ScriptedWorker:
         return [message for message in self.heard if isinstance(message, kind)]
 
     def _answer(self, message: Message) -> None:
-        honest: Message | None = None
+        honest: list[Message] = []
         if isinstance(message, Refuse | Reset | Goodbye):
             self.ended = True
         elif isinstance(message, Welcome):
             self.codecs = RunCodecs.of(message)
-            honest = Ready(FEATURE_SHAPE, self.codecs.feature_bytes(FEATURE_SHAPE))
+            honest = [Ready(FEATURE_SHAPE, self.codecs.feature_bytes(FEATURE_SHAPE))]
         elif isinstance(message, Survey):
-            honest = Probe(message.round_num, np.zeros(message.probe_bytes, np.uint8))
+            self._survey = message
+            sizes = part_bytes(message.probe_bytes, message.num_probe_samples, message.parts_per_step)
+            honest = [Probe(message.round_num, np.zeros(size, np.uint8), part) for part, size in enumerate(sizes)]
         elif isinstance(message, Echo):
-            honest = Report(message.round_num, self._seconds_per_sample, 0.0005)
+            assert self._survey is not None
+            if message.part == len(part_sizes(self._survey.num_probe_samples, self._survey.parts_per_step)) - 1:
+                honest = [Report(message.round_num, self._seconds_per_sample, 0.0005)]
         elif isinstance(message, Assign):
             self._assign = message
-            honest = self._features(0) if message.num_exchanges else self._update()
+            honest = self._features(0) if message.num_exchanges else [self._update()]
         elif isinstance(message, Gradient):
             assert self._assign is not None
             step = message.step + 1
-            honest = self._features(step) if step < self._assign.num_exchanges else self._update()
-        answer = self.script(self, honest) if honest is not None else None
-        if answer is not None and not self.ended:
-            self.say(answer)
-            self.act()
+            if message.part == len(part_sizes(self._assign.batch_size, self._assign.parts_per_step)) - 1:
+                honest = self._features(step) if step < self._assign.num_exchanges else [self._update()]
+        for one in honest:
+            answer = None if self.ended else self.script(self, one)
+            if answer is not None and not self.ended:
+                self.say(answer)
+                self.act()
 
-    def _features(self, step: int) -> Features:
-        """Random, but the same for every attempt at this step of this round: (d, F...) and (d,)."""
+    def _features(self, step: int) -> list[Message]:
+        """Random, but the same for every attempt at this step of this round: (d, F...) and (d,), in its parts."""
         assign = self._assign
         assert assign is not None
         rng = generator_for(7, self.worker_id, round_of(assign.round_num), step)
         features = rng.standard_normal((assign.batch_size, *FEATURE_SHAPE)).astype(np.float32)
         labels = rng.integers(0, NUM_CLASSES, assign.batch_size)
-        return self.codecs.encode_features(Features(assign.round_num, step, features, labels), self.worker_id)
+        ends = np.cumsum(part_sizes(assign.batch_size, assign.parts_per_step))[:-1]
+        parts = zip(np.split(features, ends), np.split(labels, ends), strict=True)
+        return [
+            self.codecs.encode_features(Features(assign.round_num, step, z, y, part=part), self.worker_id)
+            for part, (z, y) in enumerate(parts)
+        ]
 
     def _update(self) -> Update:
         """The state it was given, moved a little in a direction of its own."""
@@ -389,12 +405,15 @@ class _Driven:
         self._server.close()
 
 
-def at(round_num: int, step: int | None, act: Script) -> Script:
-    """A script that acts on the features of one step of one round, or (step None) on its update; honest otherwise."""
+def at(round_num: int, step: int | None, act: Script, part: int | None = None) -> Script:
+    """A script that acts on the features of one step of one round, or (step None) on its update; honest otherwise.
+
+    part: acts on this part of the step alone.
+    """
 
     def script(worker: ScriptedWorker, answer: Message) -> Message | None:
         if isinstance(answer, Features):
-            is_it = round_of(answer.round_num) == round_num and answer.step == step
+            is_it = round_of(answer.round_num) == round_num and answer.step == step and part in (None, answer.part)
         else:
             is_it = isinstance(answer, Update) and step is None and round_of(answer.round_num) == round_num
         return act(worker, answer) if is_it else answer

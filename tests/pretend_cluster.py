@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,9 +73,12 @@ class PretendWorker:
         except BaseException as error:
             self._outbox.put(error)
 
-    def _exchange(self, step: int, z: Tensor, y: Tensor) -> Tensor:
+    def _exchange(self, step: int, z: Tensor, y: Tensor) -> Callable[[], Tensor]:
         assert not z.requires_grad, "features leave the worker without their graph"
         self._outbox.put(StepFeatures(self.worker_id, z.clone(), y.clone()))
+        return self._gradient
+
+    def _gradient(self) -> Tensor:
         gradient = self._inbox.get(timeout=DEADLINE_SECONDS)  # (d_i, F...)
         if gradient is None:
             raise DroppedError(self.worker_id)

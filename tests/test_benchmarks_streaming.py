@@ -37,5 +37,14 @@ def test_two_runs_of_a_pair_differ_in_the_policy_and_the_name_alone() -> None:
     assert one["method"]["regulation"] is False
 
 
+def test_a_run_in_parts_differs_in_their_number_too() -> None:
+    config = load_config(CONFIG)
+    one, other = (
+        config_values(with_values(config, "a", "streaming", True, {"jetson-tx2": 1}, parts)) for parts in (1, 4)
+    )
+    assert (one["training"].pop("parts_per_step"), other["training"].pop("parts_per_step")) == (1, 4)
+    assert one == other
+
+
 def test_the_first_round_is_left_out() -> None:
     assert mean_of([{"round_seconds": 100.0}, {"round_seconds": 1.0}, {"round_seconds": 2.0}], "round_seconds") == 1.5

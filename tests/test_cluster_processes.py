@@ -86,6 +86,20 @@ def test_streaming_in_order_is_the_same_over_memory_and_sockets_to_the_bit(tmp_p
     assert not same_parameters(one, play(tmp_path, "memory", "cluster.transport=memory"))
 
 
+def test_steps_in_parts_are_the_same_over_memory_and_sockets_to_the_bit(tmp_path: Path) -> None:
+    """In order, whoever comes first: threads, processes; with codecs that draw. Unsplit steps give other masks."""
+    settings = ("training.merge=streaming-in-order", "codec.features=int8", "codec.gradients=fp16")
+    parts = "training.parts_per_step=3"
+    one = play(tmp_path, "memory", "cluster.transport=memory", *settings, parts)
+    other = play(tmp_path, "sockets", "cluster.transport=tcp", *settings, parts)
+    assert same_parameters(one, other)
+    loose = {"ingress_bytes", "egress_bytes"} | MEASURED
+    for line, again in zip(journal(one), journal(other), strict=True):
+        assert {k: v for k, v in line.items() if k not in loose} == {k: v for k, v in again.items() if k not in loose}
+        assert line["dropped"] == [] and line["samples_trained"] == sum(line["batch_sizes"]) * 3  # tau
+    assert not same_parameters(one, play(tmp_path, "unsplit", "cluster.transport=memory", *settings))
+
+
 def test_ten_thousand_mutated_messages_do_not_disturb_a_live_server(tmp_path: Path) -> None:
     """Peers without samples may register, so they are never chosen; whatever they say then, the run is the same."""
     rounds = "training.num_rounds=80"
@@ -158,15 +172,16 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         kill_group(process)
 
 
-@pytest.mark.parametrize("merge", ["barrier", "streaming"])
+@pytest.mark.parametrize(("merge", "parts"), [("barrier", 1), ("streaming", 1), ("streaming", 3)])
 def test_two_killed_workers_do_not_stop_the_run_and_one_joins_again(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]], merge: str
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]], merge: str, parts: int
 ) -> None:
     folder = tmp_path / "killed"
     settings = [
         *SMALL,
         *(f"{key}" for key in ("name=killed", f"output.folder={tmp_path}", "data.partition=iid")),
         *("cluster.num_workers=5", "training.num_rounds=400", "training.local_steps=10", f"training.merge={merge}"),
+        f"training.parts_per_step={parts}",
     ]
     cluster = start("run", settings=settings, log=tmp_path / "log")
     processes.append(cluster)

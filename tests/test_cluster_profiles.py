@@ -105,3 +105,15 @@ def test_a_round_of_a_throttled_cluster_takes_at_least_what_its_devices_need(tmp
         assert line["round_seconds"] >= 2 * 0.1443 + 3 * 2 * 0.041 + 4 * 0.02
         # What the workers report is their stretches (0.08 s) and their exchanges (0.24 s), without the two states.
         assert min(line["observed_seconds"]) >= 3 * 2 * 0.041 + 4 * 0.02
+
+
+def test_a_throttled_cluster_in_parts_takes_at_least_what_its_links_need(tmp_path: Path) -> None:
+    """Over real sockets, batches of 32 in two parts of 8,192 bytes each way: 0.082 s. In every step both go up one
+    after the other, and then the last comes down; what comes down while a part goes up is heard and kept."""
+    parts = ("training.merge=streaming", "training.parts_per_step=2", "training.batch_size=32")
+    lines = play(tmp_path, "cluster.transport=tcp", f"simulation.fleet={{'{steady_profile(tmp_path)}'=2}}", *parts)
+    assert [line["batch_sizes"] for line in lines] == [[32, 32], [32, 32]]
+    for line in lines:
+        assert line["dropped"] == [] and line["samples_trained"] == 3 * 64
+        assert line["round_seconds"] >= 2 * 0.1443 + 3 * 3 * 0.0819 + 4 * 0.02
+        assert min(line["observed_seconds"]) >= 3 * 3 * 0.0819 + 4 * 0.02

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 from mergesfl.errors import ConfigError
 from mergesfl.methods import METHODS, check_streaming
-from mergesfl.methods.base import MethodSettings, StepFeatures
+from mergesfl.methods.base import Assignment, MethodSettings, StepFeatures
 from mergesfl.methods.merged_top import MergedTop
 from mergesfl.methods.smofi import FusedMomentumTops
-from mergesfl.methods.split_program import StreamingTop, TopTrainer
+from mergesfl.methods.split_program import (
+    StreamingTop,
+    TopTrainer,
+    check_parts,
+    seed_of_part,
+    seed_of_turn,
+    work,
+)
 from mergesfl.methods.splitfed_v1 import TopPerWorker
+from mergesfl.parts import part_sizes
 from mergesfl.training.dropout import replace_dropout
 from mergesfl.training.split import SplitModel
 
@@ -173,3 +181,151 @@ def test_logit_adjustment_by_the_merged_batch_is_refused() -> None:
     adjusted = MethodSettings(0, 2, 8, 3, 0.1, 0.99, 0.005, (4,), logit_adjustment=True)
     with pytest.raises(ConfigError, match=r"method.logit_adjustment = true .* set training.merge = 'barrier'"):
         check_streaming("mergesfl+", network(), adjusted)
+
+
+# Batches in parts.
+
+
+def in_parts_of(one: StepFeatures, parts_per_step: int) -> list[StepFeatures]:
+    sizes = list(part_sizes(len(one.labels), parts_per_step))
+    pieces = zip(torch.split(one.features, sizes), torch.split(one.labels, sizes), strict=True)
+    return [StepFeatures(one.worker_id, z, y, part) for part, (z, y) in enumerate(pieces)]
+
+
+def streamed_in_parts(
+    top: nn.Module, trainer: StreamingTop, order: Callable[[StepFeatures], object], in_order: bool, group: int = 1
+) -> list[Tensor]:
+    """As `streamed`, each batch in up to three parts, in this order and in groups of so many parts."""
+    trainer.open(list(BATCH_SIZES), 0.3)
+    results = []
+    for step in range(3):
+        trainer.begin_step(BATCH_SIZES, seed=step, in_order=in_order)
+        pieces = sorted((piece for one in features_of(step).values() for piece in in_parts_of(one, 3)), key=order)
+        gradients: dict[str, list[Tensor]] = {name: [] for name in BATCH_SIZES}
+        for begin in range(0, len(pieces), group):
+            fed = pieces[begin : begin + group]
+            for piece, gradient in zip(fed, trainer.feed(fed), strict=True):
+                gradients[piece.worker_id].append(gradient)
+        results += [torch.cat(gradients[name]) for name in BATCH_SIZES]
+        results.append(torch.tensor(trainer.end_step(), dtype=torch.float64))
+    trainer.close(dict.fromkeys(BATCH_SIZES, 1.0))
+    return [*results, *top.state_dict().values()]
+
+
+# Parts of one worker always come in their order.
+PART_ORDERS: tuple[Callable[[StepFeatures], object], ...] = (
+    lambda one: (one.worker_id, one.part),
+    lambda one: (one.part, one.worker_id),
+    lambda one: (one.part, -ord(one.worker_id)),
+)
+
+
+@pytest.mark.parametrize("kind", TOPS)
+@pytest.mark.parametrize("order", PART_ORDERS)
+@pytest.mark.parametrize(("in_order", "group"), [(False, 1), (False, 4), (True, 1)])
+def test_in_parts_every_top_trains_what_it_trains_at_once(
+    kind: str, order: Callable[[StepFeatures], object], in_order: bool, group: int
+) -> None:
+    """Gradients, losses, tops, momentum; without dropout."""
+    tops = [small_top(dropout=0.0), small_top(dropout=0.0)]
+    expected = at_once(tops[0], TOPS[kind](tops[0]))
+    found = streamed_in_parts(tops[1], TOPS[kind](tops[1]), order, in_order, group)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TOPS)
+def test_in_parts_and_in_order_the_order_of_arrival_leaves_no_bit_with_dropout_too(kind: str) -> None:
+    results = []
+    for order in PART_ORDERS:
+        top = small_top(dropout=0.5)
+        results.append(streamed_in_parts(top, TOPS[kind](top), order, in_order=True))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+    unsplit = small_top(dropout=0.5)
+    assert not same_bits(results[0], streamed(unsplit, TOPS[kind](unsplit), ORDERS[0], in_order=True))  # other masks
+
+
+def test_a_top_of_its_own_counts_what_was_fed_of_a_lost_worker_by_hand() -> None:
+    """Of b's four samples only the first part of two comes: the mean loss is over the 1 + 2 + 2 samples that came."""
+    tops = [small_top(dropout=0.0), small_top(dropout=0.0)]
+    trainer, reference = TopPerWorker(tops[0]), TopPerWorker(tops[1])
+    features = features_of(0)
+    half = in_parts_of(features["b"], 2)[0]
+    for one in (trainer, reference):
+        one.open(list(BATCH_SIZES), 0.3)
+    trainer.begin_step(BATCH_SIZES, seed=0, in_order=False)
+    trainer.feed([features["a"], half, features["c"]])
+    alone = StepFeatures("b", half.features, half.labels)
+    _, loss_nats = reference.step([features["a"], alone, features["c"]], seed=0)
+    assert trainer.end_step() == pytest.approx(loss_nats, abs=1e-6)
+
+
+def test_a_bottom_with_batch_norm_is_refused_in_parts_with_the_next_step() -> None:
+    cut = SplitModel(nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), nn.Linear(6, 3)), "0")
+    check_parts(cut, 1)
+    check_parts(network(nn.BatchNorm1d(6)), 4)  # above the cut: check_streaming says what there is to say
+    with pytest.raises(
+        ConfigError,
+        match=r"parts_per_step = 2, but the bottom before the cut '0' holds batch-norm, .* = 1, or cut before",
+    ):
+        check_parts(cut, 2)
+
+
+# The worker's side.
+
+
+def worked(parts_per_step: int, dropout: float, seed: int = 3) -> tuple[dict[str, Tensor], list[int]]:
+    """Two steps of `work` in float64 with a quadratic loss, 1/2 mean over the batch of |z|^2; the rows of each part.
+
+    Its gradient is z / d: of a part its rows, divided by all d = 5.
+    """
+    torch.manual_seed(0)
+    below = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 5))
+    model = SplitModel(replace_dropout(nn.Sequential(below, nn.Linear(5, 3))).double(), "0")
+    settings = {"learning_rate": 0.5, "proximal": 0.1}
+    state = {name: tensor.clone() for name, tensor in model.bottom.state_dict().items()}
+    rows: list[int] = []
+    waiting: list[int] = []  # numbers of those that were sent and not waited for
+
+    def exchange(step: int, z: Tensor, y: Tensor) -> Callable[[], Tensor]:
+        number = len(rows)
+        rows.append(len(y))
+        waiting.append(number)
+
+        def wait() -> Tensor:
+            assert waiting.pop(0) == number, "waited for in the order in which they were sent"
+            return z / 5
+
+        return wait
+
+    generator = torch.Generator().manual_seed(1)
+    batches = ((torch.randn(5, 4, generator=generator, dtype=torch.float64), torch.arange(5)) for _ in range(9))
+    assignment = Assignment(0, 2, 5, settings, state, seed, parts_per_step)
+    result = work(model, assignment, batches, exchange)
+    assert result.num_samples == 10 and not waiting
+    return result.state, rows
+
+
+@pytest.mark.parametrize(("parts_per_step", "rows"), [(2, [3, 2]), (3, [2, 2, 1]), (8, [1] * 5)])
+def test_the_bottom_steps_once_per_step_with_the_sum_over_its_parts(parts_per_step: int, rows: list[int]) -> None:
+    expected, whole = worked(1, dropout=0.0)
+    found, split = worked(parts_per_step, dropout=0.0)
+    assert (whole, split) == ([5, 5], rows * 2)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-12), name
+
+
+def test_masks_of_the_bottom_are_drawn_per_part_and_repeat() -> None:
+    one, again, other, unsplit = (worked(parts, 0.5, seed)[0] for parts, seed in ((2, 3), (2, 3), (2, 4), (1, 3)))
+    name = "0.0.weight"
+    assert torch.equal(one[name], again[name])
+    assert not torch.equal(one[name], other[name])
+    assert not torch.equal(one[name], unsplit[name])
+
+
+def test_seeds_of_parts() -> None:
+    """The first part has the masks of an unsplit batch; all others are unrelated to it and to each other."""
+    assert seed_of_part(5, 0) == 5 and seed_of_turn(5, "a", 3, 0) == seed_of_turn(5, "a", 3)
+    seeds = [seed_of_turn(5, name, num, part) for name in "ab" for num in (1, 3) for part in range(3)]
+    assert len(set(seeds)) == len(seeds) - 3  # a lone worker's do not depend on its name

@@ -62,6 +62,8 @@ EXAMPLES: list[Any] = [
     ),
     m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32)),
     m.Gradient(3, 2, 0.5, np.array([[1.0]], dtype=np.float32), {"places": np.array([[0]], dtype=np.int16)}),
+    m.Gradient(3, 2, 0.5, np.array([[1.0]], dtype=np.float32), part=7),
+    m.Survey(300, 8, True, 5, 20_000, 40_000, parts_per_step=8),
     m.Update(3, 160, 1.25, 0.75, {"conv.weight": np.zeros((2, 0, 3), dtype=np.float16)}, {"loss": 0.25}),
     m.Release(3, "deadline of 5 s missed"),
     m.Ping(),
@@ -107,7 +109,7 @@ def test_golden_bytes() -> None:
     # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
     header = (
         b"\x94\x03\xa8gradient"
-        b"\x93\x03\x02\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00"
+        b"\x94\x03\x02\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00\x00"
         b"\xc4\x18\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x02\xc2"
     )
     tensor = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
@@ -173,15 +175,23 @@ any_message: st.SearchStrategy[Any] = st.one_of(
         *(names, names, names),
     ),
     st.builds(m.Ready, shapes, counts),
-    st.builds(m.Survey, counts, counts, st.booleans(), st.integers(1, 2**40), *[st.integers(0, 575 << 20)] * 2),
-    st.builds(m.Probe, counts, payloads),
-    st.builds(m.Echo, counts, seconds, payloads),
+    st.builds(
+        m.Survey,
+        *(counts, counts, st.booleans(), st.integers(1, 2**40), *[st.integers(0, 575 << 20)] * 2, st.integers(1, 8)),
+    ),
+    st.builds(m.Probe, counts, payloads, st.integers(0, 7)),
+    st.builds(m.Echo, counts, seconds, payloads, st.integers(0, 7)),
     st.builds(m.Report, counts, seconds, seconds),
     st.builds(
-        m.Assign, counts, counts, counts, counts, names, st.dictionaries(names, values | texts, max_size=4), states
+        m.Assign,
+        *(counts, counts, counts, counts, names, st.dictionaries(names, values | texts, max_size=4), states),
+        parts_per_step=st.integers(1, 8),
     ),
-    st.builds(lambda round_num, step, pair: m.Features(round_num, step, *pair), counts, counts, features),
-    st.builds(m.Gradient, counts, counts, seconds, arrays),
+    st.builds(
+        lambda round_num, step, pair, part: m.Features(round_num, step, *pair, part=part),
+        *(counts, counts, features, st.integers(0, 7)),
+    ),
+    st.builds(m.Gradient, counts, counts, seconds, arrays, part=st.integers(0, 7)),
     st.builds(
         m.Update,
         counts,
@@ -269,7 +279,7 @@ def test_what_is_kept_of_the_specs_is_checked_for_every_kind_and_frame() -> None
         with pytest.raises(RemoteProtocolError, match="needs 4 bytes, its frame has 5"):
             decode([gradient()[0], b"12345"])
         with pytest.raises(RemoteProtocolError, match="unknown or repeated tensor 'gradient'"):
-            decode([header(m.PROTOCOL_VERSION, "features", [0, 0], [SPEC]), b"1234"])
+            decode([header(m.PROTOCOL_VERSION, "features", [0, 0, 0], [SPEC]), b"1234"])
         with pytest.raises(RemoteProtocolError, match="1 entries, the limit is 0"):
             decode(gradient(), Limits(max_tensor_rank=0))
 
@@ -334,6 +344,9 @@ ARRAY = np.zeros(2, dtype=np.float32)
         (dataclasses.replace(EXAMPLES[1], mean=(float("nan"),)), "mean is nan, expected a finite number"),
         (dataclasses.replace(EXAMPLES[1], flip=1), "flip is 1, expected a bool"),
         (m.Features(0, 0, np.zeros((3, 4)), np.zeros(2, dtype=np.int64)), r"\(3, 4\) with labels int64 \(2,\)"),
+        (m.Assign(0, 1, 1, 1, "mergesfl", {}, {}, parts_per_step=9), "parts_per_step is 9, expected 1 to 8"),
+        (m.Assign(0, 1, 1, 1, "mergesfl", {}, {}, parts_per_step=0), "parts_per_step is 0, expected 1 to 8"),
+        (m.Gradient(0, 0, 0.0, ARRAY, part=-1), "part is -1, expected 0 to 7"),
         (m.Features(0, 0, np.zeros((2, 4)), np.zeros(2, dtype=np.int32)), "labels int32"),
         (m.Survey(0, 8, 1, 8, 64, 64), "whole_network is 1, expected a bool"),  # type: ignore[arg-type]
         (m.Survey(0, 8, True, 0, 64, 64), "num_probe_samples is 0, expected 1 to"),  # it is divided by
@@ -402,7 +415,7 @@ def test_clipped_texts_can_be_sent() -> None:
 
 # ------------------------------------------------------------------------ refused: remote
 
-GRADIENT_VALUES = (0, 0, 0.0)  # round_num, step, held_seconds
+GRADIENT_VALUES = (0, 0, 0.0, 0)  # round_num, step, held_seconds, part
 SPEC = ["gradient", "", "float32", [1], False]
 
 
@@ -412,8 +425,8 @@ def header(*parts: object) -> bytes:
     return packed
 
 
-def gradient(specs: object = (SPEC,), round_num: object = 0, step: object = 0, held: object = 0.0) -> list[bytes]:
-    return [header(m.PROTOCOL_VERSION, "gradient", [round_num, step, held], specs), b"\0\0\0\0"]
+def gradient(specs: object = (SPEC,), step: object = 0, held: object = 0.0, part: object = 0) -> list[bytes]:
+    return [header(m.PROTOCOL_VERSION, "gradient", [0, step, held, part], specs), b"\0\0\0\0"]
 
 
 def test_the_untouched_gradient_is_legal() -> None:
@@ -454,6 +467,8 @@ def test_the_untouched_gradient_is_legal() -> None:
         (gradient(step=False), "step is False, expected an int"),
         (gradient(step=-1), "step is -1"),
         (gradient(step=2**64 - 1), "step is 18446744073709551615"),
+        (gradient(part=8), "part is 8, expected 0 to 7"),
+        (gradient(part=True), "part is True, expected an int"),
         (gradient(held=float("inf")), "held_seconds is inf"),
         (gradient(held=False), "held_seconds is False, expected a float"),
         (gradient(held=1e300), r"held_seconds is 1e\+300"),
@@ -499,7 +514,7 @@ def test_the_untouched_gradient_is_legal() -> None:
                 header(
                     m.PROTOCOL_VERSION,
                     "features",
-                    [0, 0],
+                    [0, 0, 0],
                     [["features", "", "int8", [2, 1], False], ["labels", "", "int64", [1], False]],
                 ),
                 b"\0\0",

@@ -176,3 +176,15 @@ def test_parts_are_refused_where_there_is_no_codec() -> None:
         PLAIN.decode_features(dataclasses.replace(features(), parts={"values": X}), SHAPE)
     with pytest.raises(RemoteProtocolError, match=r"sent a gradient float16\(2, 3, 4\), expected float32"):
         PLAIN.decode_gradient(gradient(coded, X), SHAPE)
+
+
+def test_every_part_of_a_step_has_chance_of_its_own_and_the_first_that_of_an_unsplit_step() -> None:
+    run = codecs("int8", "int8")
+    sent = [run.encode_features(dataclasses.replace(features(), part=part), "a") for part in (0, 1, 1)]
+    assert [one.part for one in sent] == [0, 1, 1]
+    back = [run.encode_gradient(X, "a", 100, 0, part)[0] for part in (0, 1, 1)]
+    np.testing.assert_array_equal(sent[0].features, run.encode_features(features(), "a").features)
+    np.testing.assert_array_equal(back[0], run.encode_gradient(X, "a", 100, 0)[0])
+    for first, second, again in ([one.features for one in sent], back):
+        np.testing.assert_array_equal(second, again)
+        assert (first != second).any()

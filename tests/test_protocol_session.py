@@ -346,3 +346,179 @@ def test_after_an_error_the_server_can_still_refuse() -> None:
     assert server.state is State.CLOSED
     with pytest.raises(LocalProtocolError, match="begin a new session"):
         server.send(m.Goodbye("twice"))
+
+
+# ------------------------------------------------------------------------------------------------------------- in parts
+
+
+def in_parts(round_num: int = 7, batch_size: int = 5, parts_per_step: int = 3, num_exchanges: int = 2) -> m.Assign:
+    return m.Assign(round_num, 2, num_exchanges, batch_size, "mergesfl", {}, {}, parts_per_step=parts_per_step)
+
+
+def feat_part(step: int, part: int, round_num: int = 7) -> m.Features:
+    return m.Features(round_num, step, X, Y, part=part)
+
+
+def grad_part(step: int, part: int) -> m.Gradient:
+    return m.Gradient(7, step, 0.0, X, part=part)
+
+
+def test_the_parts_of_a_step_go_up_while_their_gradients_come_down() -> None:
+    """Both ends after every message: three parts, answered early and late, then the next step and the update."""
+    worker, server = Session(Role.WORKER), Session(Role.SERVER)
+    script = [
+        *TO_IDLE, (DOWN, in_parts()),
+        (UP, feat_part(0, 0)), (DOWN, grad_part(0, 0)), (UP, feat_part(0, 1)), (UP, feat_part(0, 2)),
+        (DOWN, grad_part(0, 1)), (UP, m.Ping()), (DOWN, grad_part(0, 2)),
+        (UP, feat_part(1, 0)), (UP, feat_part(1, 1)), (DOWN, grad_part(1, 0)), (DOWN, grad_part(1, 1)),
+        (UP, feat_part(1, 2)), (DOWN, grad_part(1, 2)), (UP, update(7)),
+    ]  # fmt: skip
+    states = []
+    for direction, message in script:
+        speaker, hearer = (worker, server) if direction == UP else (server, worker)
+        speaker.send(message)
+        assert hearer.receive(message) is Arrival.FRESH
+        assert (worker.state, worker.step, worker.num_outstanding) == (
+            server.state,
+            server.step,
+            server.num_outstanding,
+        )
+        states.append((worker.state.value, worker.step, worker.num_outstanding))
+    assert states[4:] == [
+        ("working", 0, 1), ("working", 0, 0), ("working", 0, 1), ("waiting", 0, 2),
+        ("waiting", 0, 1), ("waiting", 0, 1), ("working", 1, 0),
+        ("working", 1, 1), ("working", 1, 2), ("working", 1, 1), ("working", 1, 0),
+        ("waiting", 1, 1), ("working", 2, 0), ("idle", 2, 0),
+    ]  # fmt: skip
+
+
+def test_a_part_and_an_answer_may_cross() -> None:
+    worker, server = (at(role, [*TO_IDLE, (DOWN, in_parts()), (UP, feat_part(0, 0))]) for role in Role)
+    worker.send(feat_part(0, 1))
+    server.send(grad_part(0, 0))
+    assert worker.receive(grad_part(0, 0)) is Arrival.FRESH
+    assert server.receive(feat_part(0, 1)) is Arrival.FRESH
+    assert (worker.state, worker.num_outstanding) == (server.state, server.num_outstanding) == (State.WORKING, 1)
+
+
+def test_there_are_no_more_parts_than_samples() -> None:
+    """Two samples, asked for in eight parts: after two the worker waits."""
+    script = [*TO_IDLE, (DOWN, in_parts(batch_size=2, parts_per_step=8)), (UP, feat_part(0, 0)), (UP, feat_part(0, 1))]
+    server = at(Role.SERVER, script)
+    assert server.state is State.WAITING
+    with pytest.raises(RemoteProtocolError, match="cannot say Features; legal: Ping, Leave"):
+        server.receive(feat_part(0, 2))
+
+
+IN_TWO = m.Survey(7, 8, False, 8, 4, 4, parts_per_step=2)
+ONE_OUT = [*TO_IDLE, (DOWN, in_parts()), (UP, feat_part(0, 0))]
+ONE_ANSWERED = [*ONE_OUT, (DOWN, grad_part(0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "words"),
+    [
+        (ONE_OUT, feat_part(0, 0), "Features carries part 0; expected 1"),
+        (ONE_OUT, feat_part(0, 2), "Features carries part 2; expected 1"),
+        (ONE_OUT[:-1], feat_part(0, 1), "Features carries part 1; expected 0"),
+        (ONE_OUT, feat_part(1, 0), "Features carries step 1; expected 0"),
+        (ONE_ANSWERED, feat_part(1, 0), "Features carries step 1; expected 0"),
+        (ONE_ANSWERED, update(7), "Update comes too early; expected Features of step 0"),
+        ([*TO_IDLE, (DOWN, assign(7))], feat_part(0, 1), "Features carries part 1; expected 0"),
+        ([*TO_IDLE, (DOWN, IN_TWO), (UP, probe(7))], probe(7), "Probe carries part 0; expected 1"),
+    ],
+)  # fmt: skip
+def test_the_worker_must_keep_count_of_the_parts(script: list[tuple[str, Any]], message: Any, words: str) -> None:
+    with pytest.raises(LocalProtocolError, match=words):
+        at(Role.WORKER, script).send(message)
+    with pytest.raises(RemoteProtocolError, match=words):
+        at(Role.SERVER, script).receive(message)
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "words"),
+    [
+        (ONE_OUT, grad_part(0, 1), "Gradient carries part 1; expected 0"),
+        (ONE_ANSWERED, grad_part(0, 0), "Gradient of part 0 answers nothing"),
+        (ONE_ANSWERED, grad_part(0, 1), "Gradient of part 1 answers nothing"),
+        ([*ONE_ANSWERED, (UP, feat_part(0, 1))], grad_part(0, 0), "Gradient carries part 0; expected 1"),
+        ([*TO_IDLE, (DOWN, in_parts())], grad_part(0, 0), "Gradient of part 0 answers nothing"),
+        ([*TO_IDLE, (DOWN, survey(7))], echo(7), "Echo of part 0 answers nothing"),
+    ],
+)
+def test_the_server_must_keep_count_of_the_parts(script: list[tuple[str, Any]], message: Any, words: str) -> None:
+    with pytest.raises(LocalProtocolError, match=words):
+        at(Role.SERVER, script).send(message)
+    with pytest.raises(RemoteProtocolError, match=words):
+        at(Role.WORKER, script).receive(message)
+
+
+@pytest.mark.parametrize("num_seen", [0, 1, 2])
+def test_of_a_step_in_parts_what_was_not_seen_is_stale_after_a_release_and_no_more(num_seen: int) -> None:
+    """Three parts, of which the server had seen some: the others may be under way, and nothing else."""
+    script = [*TO_IDLE, (DOWN, in_parts()), *[(UP, feat_part(0, part)) for part in range(num_seen)]]
+    server = at(Role.SERVER, [*script, (DOWN, release(7)), (DOWN, in_parts(8))])
+    for part in range(num_seen, 3):
+        assert server.receive(feat_part(0, part)) is Arrival.STALE
+    with pytest.raises(RemoteProtocolError, match="Features carries round 7; expected 8"):
+        server.receive(feat_part(1, 0))
+    assert server.receive(feat_part(0, 0, round_num=8)) is Arrival.FRESH
+
+
+def test_after_a_release_while_the_worker_waits_for_some_of_its_parts_nothing_is_stale() -> None:
+    server = at(Role.SERVER, [*ONE_ANSWERED, (UP, feat_part(0, 1)), (UP, feat_part(0, 2)), (DOWN, release(7))])
+    with pytest.raises(RemoteProtocolError):
+        server.receive(feat_part(1, 0))
+
+
+def test_when_the_update_is_next_one_message_is_stale() -> None:
+    script = [*TO_IDLE, (DOWN, in_parts(num_exchanges=1))]
+    for part in range(3):
+        script += [(UP, feat_part(0, part)), (DOWN, grad_part(0, part))]
+    server = at(Role.SERVER, [*script, (DOWN, release(7))])
+    assert server.receive(update(7)) is Arrival.STALE
+    with pytest.raises(RemoteProtocolError):
+        server.receive(update(7))
+
+
+def test_anything_fresh_proves_that_no_stale_part_is_left() -> None:
+    """Of three parts the server had seen none and sees one late; then the next round begins, and part 1 is wrong."""
+    server = at(Role.SERVER, [*TO_IDLE, (DOWN, in_parts()), (DOWN, release(7)), (DOWN, assign(8))])
+    assert server.receive(feat_part(0, 0)) is Arrival.STALE
+    assert server.receive(feat(8, 0)) is Arrival.FRESH
+    with pytest.raises(RemoteProtocolError):
+        server.receive(feat_part(0, 1))
+
+
+def test_several_releases_of_steps_in_parts() -> None:
+    """After a late part of round 8 no part of round 7 can come, and of round 8 two more may."""
+    script = [*TO_IDLE, (DOWN, in_parts(7)), (DOWN, release(7)), (DOWN, in_parts(8)), (DOWN, release(8))]
+    server = at(Role.SERVER, script)
+    assert [server.receive(feat_part(0, part, round_num=7)) for part in range(2)] == [Arrival.STALE] * 2
+    assert server.receive(feat_part(0, 0, round_num=8)) is Arrival.STALE
+    with pytest.raises(RemoteProtocolError):
+        server.receive(feat_part(0, 2, round_num=7))
+    assert [server.receive(feat_part(0, part, round_num=8)) for part in (1, 2)] == [Arrival.STALE] * 2
+    with pytest.raises(RemoteProtocolError):
+        server.receive(feat_part(1, 0, round_num=8))
+
+
+def test_a_worker_that_was_released_drops_all_gradients_of_the_round() -> None:
+    worker = at(Role.WORKER, [*ONE_OUT, (UP, feat_part(0, 1)), (DOWN, release(7))])
+    assert worker.receive(grad_part(0, 0)) is Arrival.STALE
+    assert worker.receive(grad_part(0, 1)) is Arrival.STALE
+    assert worker.receive(in_parts(8)) is Arrival.FRESH
+
+
+def test_a_survey_in_parts_probes_and_echoes_each() -> None:
+    worker, server = Session(Role.WORKER), Session(Role.SERVER)
+    script = [
+        *TO_IDLE, (DOWN, IN_TWO),
+        (UP, m.Probe(7, PAYLOAD, 0)), (DOWN, m.Echo(7, 0.0, PAYLOAD, 0)),
+        (UP, m.Probe(7, PAYLOAD, 1)), (DOWN, m.Echo(7, 0.0, PAYLOAD, 1)), (UP, report(7)),
+    ]  # fmt: skip
+    for direction, message in script:
+        speaker, hearer = (worker, server) if direction == UP else (server, worker)
+        speaker.send(message)
+        assert hearer.receive(message) is Arrival.FRESH
+    assert worker.state is server.state is State.IDLE

@@ -6,7 +6,8 @@ Legend: d samples of one worker's step, F... shape of one sample at the cut.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ import pytest
 import torch
 
 from mergesfl.config import RunConfig
+from mergesfl.data import load_dataset
 from mergesfl.errors import ConfigError, QuorumError
-from mergesfl.models import cnn_har
+from mergesfl.methods import split_program
+from mergesfl.models import build_model, cnn_har
 from mergesfl.protocol.messages import Features, Gradient, Leave, Message, Pong, Refuse, Release, Update, wire_round
 from mergesfl.runtime.patience import REAL
+from ps.run import build_network
+from ps.streaming import StreamingExchange
 from ps.switchboard import InterruptedRunError
 from tests.memory_cluster import (
     NAMES,
@@ -28,6 +33,7 @@ from tests.memory_cluster import (
     checkpoint_of,
     journal_of,
     late,
+    play_daemons,
     same_tensors,
     small_config,
 )
@@ -366,3 +372,333 @@ def test_what_cannot_stream_is_refused_before_anything_starts(
 def test_the_policies_are_named_when_one_is_misspelt(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training.merge.*'barrier', 'streaming' or 'streaming-in-order'"):
         small_config(tmp_path, "training.merge=stream")
+
+
+# Steps in parts: batches of 8 in parts of 4, or of 3, 3 and 2.
+
+TWO, THREE = "training.parts_per_step=2", "training.parts_per_step=3"
+
+
+def test_a_part_is_answered_while_the_next_is_under_way(tmp_path: Path) -> None:
+    """By hand: part 1 comes 3 s after part 0, and every gradient is sent when its part is there; so in both steps."""
+    cluster = cluster_of(tmp_path, FAST, TWO, "training.num_rounds=1")
+    for worker in cluster.workers:
+        worker.script = lambda worker, answer: (
+            late(3.0)(worker, answer) if isinstance(answer, Features) and answer.part else answer
+        )
+    cluster.run()
+    passed_parts = [
+        (one.direction, one.message.step, one.message.part, one.seconds)
+        for one in cluster.endpoint.log
+        if isinstance(one.message, Features | Gradient) and one.peer == cluster["worker-01"].endpoint._peer
+    ]
+    assert passed_parts == [
+        (direction, step, part, pytest.approx(3.0 * (step + part)))
+        for step in range(2)
+        for part in range(2)
+        for direction in ("in", "out")
+    ]
+    told = cluster["worker-01"].told(Gradient)
+    assert [one.gradient.shape[0] for one in told] == [4] * 4 and {one.held_seconds for one in told} == {0.0}
+    (line,) = journal_of(cluster.config)
+    assert line["samples_trained"] == 3 * 2 * 8 and line["round_seconds"] == pytest.approx(6.0)
+
+
+def test_parts_that_wait_together_wait_once(tmp_path: Path) -> None:
+    """worker-02's step 0 takes 3 s; both parts of the others' step 1 are there at once and are held for 3 s."""
+    cluster = cluster_of(tmp_path, FAST, TWO, "training.num_rounds=1")
+    cluster["worker-02"].script = every_step([3.0, 0.0])
+    cluster.run()
+    held = [(one.step, one.part, one.held_seconds) for one in cluster["worker-00"].told(Gradient)]
+    assert held == [(0, 0, 0.0), (0, 1, 0.0), (1, 0, pytest.approx(3.0)), (1, 1, pytest.approx(3.0))]
+    assert journal_of(cluster.config)[0]["waiting_seconds"] == pytest.approx((3.0 + 3.0 + 0.0) / 3)
+
+
+@pytest.mark.parametrize("merge", [FAST, IN_ORDER])
+@pytest.mark.parametrize("parts", [TWO, THREE, "training.parts_per_step=8"])
+def test_in_parts_it_trains_what_the_barrier_trains(
+    tmp_path: Path, merge: str, parts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The features are the rows of the unsplit ones, so the gradients must be the rows of the unsplit ones, too."""
+    monkeypatch.setattr(cnn_har, "DROPOUT", 0.0)
+    calm = cluster_of(tmp_path, "name=calm")
+    calm.run()
+    other = cluster_of(tmp_path, "name=other", merge, parts)
+    for index, worker in enumerate(other.workers):
+        worker.script = every_step([0.3 * (3 - index), 0.2 * (1 + index)])
+    other.run()
+    for name, tensor in checkpoint_of(calm.config).tensors.items():
+        assert torch.allclose(checkpoint_of(other.config).tensors[name], tensor, rtol=0, atol=1e-5), name
+    for line, again in zip(journal_of(calm.config), journal_of(other.config), strict=True):
+        assert again["train_loss_nats"] == pytest.approx(line["train_loss_nats"], abs=1e-5)
+        assert again["samples_trained"] == line["samples_trained"]
+    whole = np.concatenate([one.gradient for one in calm[NAMES[1]].told(Gradient)])
+    split = np.concatenate([one.gradient for one in other[NAMES[1]].told(Gradient)])
+    assert np.allclose(whole, split, rtol=0, atol=1e-5) and np.abs(whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["mergesfl", "splitfed-v1"])
+def test_real_daemons_train_in_parts_what_they_train_unsplit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Bottoms and tops after two rounds of three steps, unequal batches (declared speeds); a part more or less is seen:
+    a bottom that stepped with one part of two would be far off."""
+    monkeypatch.setattr(cnn_har, "DROPOUT", 0.0)
+    shares = [np.arange(index, 60, 3) for index in range(3)]
+    runs = {}
+    for name, *settings in (("unsplit",), ("two", FAST, TWO), ("three", IN_ORDER, THREE), ("again", IN_ORDER, THREE)):
+        every = ("training.num_rounds=2", "training.local_steps=3", "training.learning_rate=0.2")
+        config = small_config(tmp_path, f"name={name}", f"method.name={method}", *every, *settings)
+        play_daemons(config, shares)
+        runs[name] = checkpoint_of(config)
+    begin = build_network(small_config(tmp_path), load_dataset(small_config(tmp_path).data.dataset)).joined_state_dict()
+    for name, tensor in runs["unsplit"].tensors.items():
+        for other in ("two", "three"):
+            assert torch.allclose(runs[other].tensors[name], tensor, rtol=0, atol=1e-5), name
+        assert (tensor - begin[name]).abs().max() > 1e-3, name
+    assert same_tensors(runs["three"], runs["again"])
+
+
+@pytest.mark.parametrize("method", ["mergesfl", "splitfed-v1", "smofi"])
+def test_in_parts_and_in_order_the_order_of_arrival_leaves_no_bit(tmp_path: Path, method: str) -> None:
+    """With dropout. Parts of the first and the last of the plan, one worker before the other, and mixed."""
+    clusters = []
+    for name, factor in (("forth", 0.1), ("back", -0.1), ("mixed", 0.0)):
+        cluster = cluster_of(tmp_path, f"name={name}", IN_ORDER, THREE, f"method.name={method}")
+        for index, worker in enumerate(cluster.workers):
+            worker.script = every_step([0.5 + factor * index, 0.5 - factor * index])
+            if name == "mixed":
+                worker.script = lambda worker, answer, index=index: (  # type: ignore[misc]
+                    late(0.2 + 0.1 * index * (-1) ** answer.part)(worker, answer)
+                    if isinstance(answer, Features) and answer.part
+                    else answer
+                )
+        cluster.run()
+        clusters.append(cluster)
+    checkpoints = [checkpoint_of(cluster.config) for cluster in clusters]
+    assert same_tensors(checkpoints[0], checkpoints[1]) and same_tensors(checkpoints[0], checkpoints[2])
+    losses = [[line["train_loss_nats"] for line in journal_of(cluster.config)] for cluster in clusters]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def vanish_soon(worker: ScriptedWorker, answer: Message) -> None:
+    """In half a second, so that what was sent before arrives; nothing more is."""
+    worker.dies_at_seconds = worker._clock.seconds + 0.5
+    worker.deaf_until_seconds = worker.dies_at_seconds
+    worker.script = lambda worker, answer: None
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_of_a_worker_that_dies_between_two_parts_counts_what_it_has_sent(tmp_path: Path, part: int) -> None:
+    """worker-01 vanishes in place of part 0, 1 or 2 of step 0: nothing, 3, or 3 + 3 of its samples are in the step."""
+    cluster = cluster_of(tmp_path, FAST, THREE, "cluster.step_deadline_seconds=3600.0")
+    cluster["worker-01"].script = at(1, 0, vanish_soon, part)
+    cluster.run()
+    lines = journal_of(cluster.config)
+    (lost,) = lines[1]["dropped"]
+    assert (lost["worker_id"], lost["step"]) == (NAMES[1], 0) and lost["reason"].startswith("unreachable: ")
+    assert lines[1]["samples_trained"] == 2 * 2 * 8 + 3 * part
+    assert lines[1]["finished_worker_ids"] == lines[2]["worker_ids"] == [NAMES[0], NAMES[2]]
+    assert 0.0 < lines[1]["round_seconds"] <= REAL.probe_seconds + 0.2
+
+
+def test_a_step_that_lost_a_worker_between_two_parts_is_the_mean_over_what_was_fed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part 1 of worker-02 never comes. The top must step as a barrier's top on 8 + 8 + 4 samples, written out here."""
+    monkeypatch.setattr(cnn_har, "DROPOUT", 0.0)
+    settings = ("training.num_rounds=1", "training.local_steps=1")
+    cluster = cluster_of(tmp_path, FAST, TWO, *settings)
+    cluster["worker-02"].script = at(0, 0, vanish_soon, part=1)
+    still = ("training.learning_rate=1e-30", "training.learning_rate_min=1e-30")
+    before = cluster_of(tmp_path, "name=before", *settings, *still)
+    before.run()  # a top that has not moved
+    cluster.run()
+    features = [
+        one.message
+        for one in cluster.endpoint.log
+        if isinstance(one.message, Features) and one.message.round_num == wire_round(0, 1)
+    ]
+    assert sorted(len(one.labels) for one in features) == [4] * 5
+    top = build_model("cnn", None, (1, 8, 8), 3, 0).top
+    top.load_state_dict({name: checkpoint_of(before.config).tensors[name] for name in top.state_dict()})
+    z = torch.from_numpy(np.concatenate([np.array(one.features) for one in features]))  # (20, F...)
+    y = torch.from_numpy(np.concatenate([np.array(one.labels) for one in features]))  # (20,)
+    torch.nn.functional.cross_entropy(top(z), y).backward()  # type: ignore[no-untyped-call]
+    found = checkpoint_of(cluster.config).tensors
+    for name, parameter in top.named_parameters():
+        assert parameter.grad is not None
+        expected = parameter.detach() - cluster.config.training.learning_rate * parameter.grad
+        assert torch.allclose(found[name], expected, rtol=0, atol=1e-5), name
+
+
+def test_a_worker_that_is_too_slow_for_its_second_part_is_released_and_its_part_is_stale(tmp_path: Path) -> None:
+    """Deadline 5 s. Part 1 of step 1 comes 8 s after part 0, which is answered at once: step 1 closes at 5 s. worker-00
+    takes 9 s for the update, so that the part arrives while the server listens, and is no mistake."""
+    cluster = cluster_of(tmp_path, FAST, TWO, "cluster.step_deadline_seconds=5.0", "training.num_rounds=2")
+    cluster["worker-01"].script = at(0, 1, late(8.0), part=1)
+    cluster["worker-00"].script = at(0, None, late(9.0))
+    cluster.run()
+    lines = journal_of(cluster.config)
+    reason = "no answer within 5 s (cluster.step_deadline_seconds)"
+    assert lines[0]["dropped"] == [{"worker_id": NAMES[1], "step": 1, "reason": reason}]
+    assert lines[0]["samples_trained"] == 3 * 8 + 2 * 8 + 4
+    assert lines[0]["round_seconds"] == pytest.approx(9.0)
+    assert cluster["worker-01"].told(Release) == [Release(wire_round(0, 1), reason)]
+    assert cluster["worker-01"].told(Refuse) == []
+    assert lines[1]["finished_worker_ids"] == [*NAMES]
+
+
+def test_every_part_has_the_deadline_from_the_answer_before_it_on(tmp_path: Path) -> None:
+    """Deadline 5 s, each of four parts takes 4 s: nobody is late, though a step takes 8 s."""
+    cluster = cluster_of(tmp_path, FAST, TWO, "cluster.step_deadline_seconds=5.0", "training.num_rounds=1")
+    cluster["worker-01"].script = lambda worker, answer: (
+        late(4.0 * (1 + answer.part))(worker, answer) if isinstance(answer, Features) else answer
+    )
+    cluster.run()
+    (line,) = journal_of(cluster.config)
+    assert line["dropped"] == [] and line["round_seconds"] == pytest.approx(16.0)
+
+
+def renumbered(part: int) -> Callable[[ScriptedWorker, Message], Message]:
+    def script(worker: ScriptedWorker, answer: Message) -> Message:
+        assert isinstance(answer, Features)
+        return dataclasses.replace(answer, part=part)
+
+    return script
+
+
+def shortened(worker: ScriptedWorker, answer: Message) -> Message:
+    assert isinstance(answer, Features)
+    return dataclasses.replace(answer, features=answer.features[1:], labels=answer.labels[1:])
+
+
+def repeated(worker: ScriptedWorker, answer: Message) -> Message:
+    worker.say(answer)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [
+        (renumbered(0), "Features carries part 0; expected 1"),
+        (renumbered(7), "Features carries part 7; expected 1"),
+        (repeated, "the worker cannot say Features; legal: Ping, Leave"),
+        (shortened, r"expected float32\(4, 32, 2, 2\)"),
+    ],
+)
+def test_a_wrong_part_closes_its_sender_only(
+    tmp_path: Path, act: Callable[[ScriptedWorker, Message], Message], expected: str
+) -> None:
+    cluster = cluster_of(tmp_path, FAST, TWO)
+    cluster["worker-01"].script = at(1, 0, act, part=1)
+    cluster.run()
+    (refusal,) = cluster["worker-01"].told(Refuse)
+    assert re.search(expected, refusal.reason)
+    lines = journal_of(cluster.config)
+    assert [lost["worker_id"] for lost in lines[1]["dropped"]] == [NAMES[1]]
+    assert lines[1]["finished_worker_ids"] == lines[2]["finished_worker_ids"] == [NAMES[0], NAMES[2]]
+
+
+def test_a_part_that_is_not_finite_costs_its_worker_the_round_and_the_part_before_counts(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, FAST, TWO)
+    cluster["worker-01"].script = at(1, 0, spoilt(np.nan), part=1)
+    cluster["worker-02"].script = at(1, 0, late(2.0), part=1)
+    cluster.run()
+    lines = journal_of(cluster.config)
+    (lost,) = lines[1]["dropped"]
+    assert (lost["worker_id"], lost["step"]) == (NAMES[1], 0) and "not finite" in lost["reason"]
+    assert lines[1]["samples_trained"] in (2 * 2 * 8, 2 * 2 * 8 + 4)  # whether or not both parts were read together
+    assert lines[2]["finished_worker_ids"] == [*NAMES]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_out_of_all_proportion_puts_its_worker_out(tmp_path: Path, part: int) -> None:
+    """The other part of the same step is as it should be."""
+    cluster = cluster_of(tmp_path, FAST, TWO, "training.local_steps=3", "training.learning_rate=0.1")
+    cluster["worker-01"].script = at(1, 1, spoilt(3e38), part)
+    cluster.run()
+    lines = journal_of(cluster.config)
+    assert [line["attempt"] for line in lines] == [1, 2, 1]
+    (refusal,) = cluster["worker-01"].told(Refuse)
+    assert "sent features up to 3e+38, the limit is 1e+06" in refusal.reason
+    assert cluster["worker-00"].told(Refuse) == cluster["worker-02"].told(Refuse) == []
+
+
+def test_a_void_round_in_parts_leaves_no_trace_in_the_model(tmp_path: Path) -> None:
+    """Released while all parts of the others' next step wait on the server, and worker-01 has one part under way."""
+    calm = cluster_of(tmp_path, "name=calm", IN_ORDER, THREE, "training.local_steps=3")
+    calm.run()
+    quorum = ("cluster.quorum_fraction=1.0", "cluster.step_deadline_seconds=5.0")
+    void = cluster_of(tmp_path, "name=void", IN_ORDER, THREE, "training.local_steps=3", *quorum)
+    times: list[int] = []
+
+    def late_once(worker: ScriptedWorker, answer: Message) -> Message | None:
+        times.append(1)
+        return late(30.0)(worker, answer) if len(times) == 1 else answer
+
+    void["worker-01"].script = at(1, 1, late_once, part=2)
+    void.run()
+    assert [line["attempt"] for line in journal_of(void.config)] == [1, 2, 1]
+    assert same_tensors(checkpoint_of(calm.config), checkpoint_of(void.config))
+    assert all(worker.told(Refuse) == [] for worker in void.workers)
+
+
+def test_with_codecs_every_part_is_a_message_of_its_own(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, FAST, THREE, "codec.features=int8", "codec.gradients=fp8", "training.num_rounds=1")
+    cluster.run()
+    (line,) = journal_of(cluster.config)
+    assert line["dropped"] == [] and line["finished_worker_ids"] == [*NAMES]
+    assert cluster.endpoint.count("in", Features) == cluster.endpoint.count("out", Gradient) == 3 * 2 * 3
+    assert {one.gradient.dtype.name for one in cluster["worker-00"].told(Gradient)} == {"uint8"}
+
+
+def test_what_parts_would_change_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"training.parts_per_step = 2 is for .* training.merge = 'streaming'"):
+        small_config(tmp_path, TWO)
+    with pytest.raises(ConfigError, match="'splitfed-v2' needs all features"):
+        run_of(small_config(tmp_path, FAST, TWO, "method.name=splitfed-v2"))
+    monkeypatch.setattr(split_program, "has_batch_norm", lambda module: True)
+    with pytest.raises(ConfigError, match=r"training.parts_per_step = 2, but the bottom .* holds batch-norm"):
+        run_of(small_config(tmp_path, FAST, TWO))
+
+
+# However many workers there are.
+
+
+def test_a_message_costs_the_same_however_many_workers_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted are the looks at workers while features arrive one by one: of N workers about as many as messages, where
+    to look at all of them after each would be N * N / 2."""
+    looks = 0
+
+    class Counted(dict[str, object]):
+        def __iter__(self) -> Iterator[str]:
+            nonlocal looks
+            for name in super().__iter__():
+                looks += 1
+                yield name
+
+    names = [f"worker-{index:03d}" for index in range(60)]
+    settings = ("cluster.num_workers=60", "training.num_rounds=1", "training.local_steps=1", "training.batch_size=1")
+    cluster = ScriptedCluster(small_config(tmp_path, ALL, FAST, *settings), names)
+    for index, worker in enumerate(cluster.workers):
+        worker.script = every_step([0.01 * (60 - index)])
+    begin_step = StreamingExchange.begin_step
+
+    def counting(exchange: StreamingExchange, step: int) -> None:
+        nonlocal looks
+        begin_step(exchange, step)
+        exchange._active, exchange._num_open, exchange._awaited = (  # type: ignore[assignment]
+            Counted(one) for one in (exchange._active, exchange._num_open, exchange._awaited)
+        )
+        looks = 0
+
+    monkeypatch.setattr(StreamingExchange, "begin_step", counting)
+    cluster.run()
+    (line,) = journal_of(cluster.config)
+    assert len(line["finished_worker_ids"]) == 60
+    assert looks < 10 * 60

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,7 +80,8 @@ def estimates_of(config: RunConfig) -> dict[str, list[float]]:
 def questions_of(tmp_path: Path, method: str, *settings: str) -> Questions:
     config = small_config(tmp_path, *settings)
     splits, settings_of = METHODS[method].splits, method_settings(config, SAMPLE_SHAPE)
-    return Questions.of(network(), settings_of, FEATURE_SHAPE, splits, run_codecs(config))
+    parts_per_step = config.training.parts_per_step
+    return Questions.of(network(), settings_of, FEATURE_SHAPE, splits, run_codecs(config), parts_per_step)
 
 
 def network() -> SplitModel:
@@ -101,6 +104,58 @@ def test_with_codecs_a_probe_is_as_large_as_the_encoded_features_and_its_echo_as
     model_bytes = 2 * (NUM_PARAMETERS - num_biases) + 4 * num_biases
     coded = questions_of(tmp_path, "fedavg", "codec.weights=fp16")
     assert coded == Questions(8, True, 2, *[round(2 * model_bytes / 16)] * 2)
+
+
+STREAMED = ("method.name=mergesfl", "method.regulation=true", "training.merge=streaming")
+
+
+def test_in_parts_there_are_as_many_samples_in_each_and_no_more_than_a_batch(tmp_path: Path) -> None:
+    """8 samples in each of 3 parts at 512 bytes, or the whole batch where that is less."""
+    parts = ("training.merge=streaming", "training.parts_per_step=3")
+    large = questions_of(tmp_path, "mergesfl", *parts, "training.batch_size=64")
+    assert large == Questions(24, False, 24, 24 * 512, 24 * 512, 3)
+    small = questions_of(tmp_path, "mergesfl", *parts, "training.batch_size=10")
+    assert small == Questions(10, False, 10, 10 * 512, 10 * 512, 3)
+
+
+def test_in_parts_every_probe_has_an_echo_of_its_own_size(tmp_path: Path) -> None:
+    """Batches of 8 in 3 parts of 3, 3 and 2 samples; up 128 bytes each, down 256. Then the round is planned."""
+    coded = ("codec.features=int8", "codec.gradients=fp16")
+    config = small_config(tmp_path, *STREAMED, *coded, "training.parts_per_step=3", EVERY, "training.num_rounds=1")
+    cluster = ScriptedCluster(config)
+    cluster.run()
+    passed = [
+        (one.direction, one.message.part, len(one.message.payload))
+        for one in cluster.endpoint.log
+        if isinstance(one.message, Probe | Echo) and one.peer == cluster["worker-01"].endpoint._peer
+    ]
+    assert sorted(passed) == [
+        *[("in", 0, 3 * 128), ("in", 1, 3 * 128), ("in", 2, 2 * 128)],
+        *[("out", 0, 3 * 256), ("out", 1, 3 * 256), ("out", 2, 2 * 256)],
+    ]
+    assert estimates_of(config)["worker-01"] == pytest.approx([0.002, 0.0005])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"part": 2}, "Probe carries part 2; expected 1"),
+        ({"payload": np.zeros(5, np.uint8)}, "sent a probe of 5 bytes, expected 2048"),
+    ],
+)
+def test_a_wrong_part_of_a_probe_closes_its_sender(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    config = small_config(tmp_path, *STREAMED, "training.parts_per_step=2", EVERY, "training.num_rounds=1")
+    cluster = ScriptedCluster(config)
+
+    def spoil(worker: ScriptedWorker, answer: Message) -> Message:
+        assert isinstance(answer, Probe)
+        return dataclasses.replace(answer, **changes) if answer.part else answer
+
+    cluster["worker-02"].script = on(Probe, spoil)
+    cluster.run()
+    (refusal,) = cluster["worker-02"].told(Refuse)
+    assert reason in refusal.reason
+    assert set(estimates_of(config)) == {"worker-00", "worker-01"}
 
 
 def test_a_federated_probe_stands_for_a_share_of_the_model(tmp_path: Path) -> None:

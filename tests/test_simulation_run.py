@@ -16,7 +16,7 @@ from mergesfl.simulation.fleet import top_flops_per_sample, with_fleet
 from mergesfl.simulation.run import simulate
 from ps.run import build_network
 from ps.switchboard import InterruptedRunError
-from tests.memory_cluster import checkpoint_of, journal_of, same_tensors, small_config, without
+from tests.memory_cluster import FEATURE_BYTES, checkpoint_of, journal_of, same_tensors, small_config, without
 
 RATE_BYTES_PER_SECOND = 125_000.0  # 1 Mb/s
 LATENCY_SECONDS = 0.01
@@ -115,6 +115,61 @@ def test_streaming_saves_the_slowest_worker_the_computing_for_the_other_by_hand(
         assert saved_seconds == pytest.approx(2 * step_seconds, abs=100 / RATE_BYTES_PER_SECOND)  # pings
         saved_waiting_seconds = lines["barrier"]["waiting_seconds"] - lines[merge]["waiting_seconds"]
         assert saved_waiting_seconds == pytest.approx(2 * step_seconds, abs=100 / RATE_BYTES_PER_SECOND)
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+@pytest.mark.parametrize("mbit_per_second", [0.1, 1.0])
+def test_a_round_in_parts_by_hand(tmp_path: Path, num_parts: int, mbit_per_second: float) -> None:
+    """One worker, tau = 1, d = 40, a server that computes in no time.
+
+    At 0.1 Mb/s a part's way takes longer than its forward or backward: after the first forward the parts go up one
+    behind the other, the last comes down when it is there, and goes backward: P + 1 ways instead of 2 P.
+    At 1 Mb/s its ways there and back take less than a forward or backward: all that is to be seen is computing.
+    The worker reports what it computed, and as transfer what the step took beyond that. Labels and headers are small.
+    """
+    settings = ("training.merge=streaming", f"training.parts_per_step={num_parts}", "training.local_steps=1")
+    world = ("simulation.ps_flops_per_second=1e15", "method.regulation=false", "training.num_rounds=1")
+    link = (mbit_per_second, mbit_per_second)
+    config = config_of(tmp_path, *settings, *world, "training.batch_size=40", num_workers=1, mbit_per_second=link)
+    play(config)
+    (line,) = journal_of(config)
+    size, bytes_per_second = 40 // num_parts, mbit_per_second * RATE_BYTES_PER_SECOND
+    way_seconds = size * FEATURE_BYTES / bytes_per_second
+    forward_seconds = OVERHEAD_SECONDS + size * BOTTOM_FORWARD_FLOPS / FLOPS_PER_SECOND
+    backward_seconds = OVERHEAD_SECONDS + size * BOTTOM_BACKWARD_FLOPS / FLOPS_PER_SECOND
+    if mbit_per_second < 1.0:
+        assert way_seconds > max(forward_seconds, backward_seconds)
+        step_seconds = forward_seconds + (num_parts + 1) * way_seconds + 2 * LATENCY_SECONDS + backward_seconds
+    else:
+        assert 2 * (way_seconds + LATENCY_SECONDS) < min(forward_seconds, backward_seconds)
+        step_seconds = num_parts * (forward_seconds + backward_seconds)
+    slack_seconds = (num_parts + 1) * (150 + 8 * size) / bytes_per_second
+    assert step_seconds - 1e-9 <= line["observed_seconds"][0] <= step_seconds + slack_seconds
+    model_bytes = 2 * 4 * ((9 + 1) * 12 + (12 * 9 + 1) * 32)  # of the bottom, down and up
+    model_seconds = model_bytes / bytes_per_second + 2 * LATENCY_SECONDS
+    left_seconds = line["round_seconds"] - model_seconds - line["observed_seconds"][0]
+    assert 0.0 <= left_seconds <= 2 * 500 / bytes_per_second  # headers of the two models
+    assert line["waiting_seconds"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_who_waits_for_others_in_parts_reports_the_same_as_who_does_not(tmp_path: Path) -> None:
+    """One link is eight times as fast as the other: its worker waits in every step but the first for the parts of the
+    other. What it reports is what it reports when it is alone. Device and batch are the same."""
+    observed = {}
+    for num_workers in (1, 2):
+        trace = tmp_path / f"bandwidth-{num_workers}.csv"
+        fast = f"worker-{num_workers - 1:02d}"
+        trace.write_text(f"worker_id,seconds,mbit_per_second\n{fast},0,0.8\n", encoding="utf-8")
+        settings = ("training.merge=streaming", "training.parts_per_step=2", f"name={num_workers}-workers")
+        world = (f"simulation.bandwidth_trace={trace}", "simulation.ps_flops_per_second=1e15")
+        plan = ("method.regulation=false", "training.num_rounds=1", "training.local_steps=5")
+        every = (*settings, *world, *plan, "training.batch_size=20")
+        config = config_of(tmp_path, *every, num_workers=num_workers, mbit_per_second=(0.1, 0.1))
+        play(config)
+        (line,) = journal_of(config)
+        observed[num_workers] = line["observed_seconds"][-1]
+        assert (line["waiting_seconds"] > 1.0) is (num_workers == 2)
+    assert observed[2] == pytest.approx(observed[1], rel=0.02)
 
 
 def test_a_federated_round_by_hand(tmp_path: Path) -> None:

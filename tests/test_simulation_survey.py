@@ -70,6 +70,23 @@ def test_a_split_survey_tells_what_the_round_then_shows(tmp_path: Path) -> None:
     assert line["observed_seconds"][0] - line["predicted_seconds"][0] == pytest.approx(OVERHEAD_SECONDS, abs=0.005)
 
 
+@pytest.mark.parametrize("num_parts", [2, 4])
+@pytest.mark.parametrize("mbit_per_second", [1.0, 30.0])
+def test_a_survey_in_parts_tells_what_the_round_then_shows(
+    tmp_path: Path, num_parts: int, mbit_per_second: float
+) -> None:
+    """As above, on a link that is slower than the device and on one that is faster: what one hides of the other is in
+    the survey's figures as it is in the round's. The batch of 16 is surveyed as a whole."""
+    settings = ("training.merge=streaming", f"training.parts_per_step={num_parts}", "training.batch_size=16")
+    world = ("simulation.ps_flops_per_second=1e15", "training.num_rounds=1", EVERY)
+    link = (mbit_per_second, mbit_per_second)
+    config = config_of(tmp_path, "method.name=mergesfl", *settings, *world, num_workers=1, mbit_per_second=link)
+    play(config)
+    (line,) = journal_of(config)
+    assert line["batch_sizes"] == [16]
+    assert line["observed_seconds"][0] - line["predicted_seconds"][0] == pytest.approx(OVERHEAD_SECONDS, abs=0.01)
+
+
 def test_the_speeds_of_those_who_were_never_chosen_are_known(tmp_path: Path) -> None:
     """Three rounds of one worker each, in a fleet of six."""
     every = ("method.name=adasfl", "control.participants_per_round=1")

@@ -165,3 +165,62 @@ def test_old_gradients_of_the_top_do_not_count() -> None:
     play(one, [[0, 1, 2, 3, 4]])
     play(other, [[0, 1, 2, 3, 4]])
     assert_close(one, other)
+
+
+# A worker's batch in parts.
+
+
+@st.composite
+def parts_in_groups(draw: st.DrawFn) -> list[list[tuple[int, int, int]]]:
+    """Every worker's rows cut anywhere, fed in any order, in groups cut anywhere: (worker, begin, end)."""
+    pieces = []
+    for worker, size in enumerate(SIZES):
+        cuts = sorted(draw(st.sets(st.integers(1, max(size - 1, 1)), max_size=3))) if size > 1 else []
+        pieces += [(worker, begin, end) for begin, end in zip([0, *cuts], [*cuts, size], strict=True)]
+    order = draw(st.permutations(pieces))
+    cuts = sorted(draw(st.sets(st.integers(1, len(order) - 1))))
+    return [list(order[begin:end]) for begin, end in zip([0, *cuts], [*cuts, len(order)], strict=True)]
+
+
+@settings(deadline=None)
+@given(groups=parts_in_groups(), momentum=st.sampled_from([0.0, 0.9]), in_order=st.booleans())
+def test_batches_in_parts_are_the_merged_step(
+    groups: list[list[tuple[int, int, int]]], momentum: float, in_order: bool
+) -> None:
+    """Each part gets its rows of the gradient of its worker's mean loss over all d_i; the top steps alike, twice."""
+    one, other = small_top(), small_top()
+    sgds = [make_momentum_sgd(top.parameters(), RATE, momentum) for top in (one, other)]
+    zs, ys = step_data()
+    for _ in range(2):
+        expected = merged_step(one, sgds[0], zs, ys)
+        step = OpenStep(other, sgds[1], sum(SIZES), in_order)
+        for group in [[piece] for pieces in groups for piece in pieces] if in_order else groups:
+            gradients = step.feed(
+                [zs[i][begin:end] for i, begin, end in group],
+                [ys[i][begin:end] for i, begin, end in group],
+                batch_sizes=[SIZES[i] for i, _, _ in group],
+            )
+            for (i, begin, end), gradient in zip(group, gradients, strict=True):
+                assert torch.allclose(gradient, expected.gradients[i][begin:end], rtol=0, atol=ATOL)
+        assert step.close() == pytest.approx(expected.loss_nats, abs=ATOL)
+    assert_close(one, other)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_worker_that_is_lost_between_its_parts_by_hand(in_order: bool) -> None:
+    """Top = one linear layer of zeros, 2 classes; d = (1, 4), D = 5, and of the four samples only the first two come.
+
+    Fed are labels 0, 0, 1: as above the mean of the bias' gradient is (-1/6, 1/6), whatever the others would have been.
+    What was sent back before is of the mean over all four: a logit's gradient -1/2 * weight ... with unit weights
+    (row 0: 1, row 1: 0) dz = (p - onehot) W / 4 = ((1/2 - 1) / 4) = -1/8 for label 0 and +1/8 for label 1.
+    """
+    top = nn.Linear(1, 2).double()
+    with torch.no_grad():
+        top.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        top.bias.zero_()
+    step = OpenStep(top, make_sgd(top.parameters(), 1.0), num_samples=5, in_order=in_order)
+    step.feed([torch.zeros(1, 1, dtype=torch.float64)], [torch.tensor([0])], batch_sizes=[1])
+    (part,) = step.feed([torch.zeros(2, 1, dtype=torch.float64)], [torch.tensor([0, 1])], batch_sizes=[4])
+    assert torch.allclose(part, torch.tensor([[-1 / 8], [1 / 8]], dtype=torch.float64), atol=ATOL)
+    assert step.close() == pytest.approx(0.6931471805599453, abs=ATOL)
+    assert torch.allclose(top.bias, torch.tensor([1 / 6, -1 / 6], dtype=torch.float64), atol=ATOL)

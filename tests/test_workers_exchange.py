@@ -66,9 +66,9 @@ def test_compute_is_all_but_the_exchanges_and_transfer_is_exchange_less_held() -
     the same exchange, 5 s backward. Compute 3 + 4 + 5 = 12, transfer 2 * 1 = 2."""
     bench = Bench()
     bench.clock.seconds += 3.0
-    gradient = bench.exchange(0, Z, Y)
+    gradient = bench.exchange(0, Z, Y)()
     bench.clock.seconds += 4.0
-    bench.exchange(1, Z, Y)
+    bench.exchange(1, Z, Y)()
     bench.clock.seconds += 5.0
     bench.exchange.finish(2)
     assert bench.exchange.compute_seconds == pytest.approx(12.0)
@@ -80,7 +80,7 @@ def test_a_slowdown_lengthens_every_stretch_of_computing_but_no_exchange() -> No
     """3 s forward and 5 s backward, three times slower: 24 s; the clock itself shows them and the 2.5 s between."""
     bench = Bench(slowdown=3.0)
     bench.clock.seconds += 3.0
-    bench.exchange(0, Z, Y)
+    bench.exchange(0, Z, Y)()
     bench.clock.seconds += 5.0
     bench.exchange.finish(1)
     assert bench.exchange.compute_seconds == pytest.approx(24.0)
@@ -93,7 +93,7 @@ def test_declared_durations_replace_both() -> None:
     bench = Bench(DeclaredPace(0.01, 0.002))
     for step in range(2):
         bench.clock.seconds += 7.0
-        bench.exchange(step, Z, Y)
+        bench.exchange(step, Z, Y)()
     bench.exchange.finish(2)
     assert bench.exchange.compute_seconds == pytest.approx(0.08)
     assert bench.exchange.transfer_seconds == pytest.approx(0.016)
@@ -121,8 +121,8 @@ class NotingPace:
 def test_the_stretches_of_a_split_round_are_forward_then_backward_and_forward_then_backward() -> None:
     pace = NotingPace()
     bench = Bench(pace)
-    bench.exchange(0, Z, Y)
-    bench.exchange(1, Z, Y)
+    bench.exchange(0, Z, Y)()
+    bench.exchange(1, Z, Y)()
     bench.exchange.finish(2)
     assert pace.stretches == [
         Stretch(num_forward_samples=4),
@@ -134,7 +134,7 @@ def test_the_stretches_of_a_split_round_are_forward_then_backward_and_forward_th
 def test_after_an_empty_gradient_there_is_no_backward() -> None:
     pace = NotingPace()
     bench = Bench(pace, gradient=torch.empty(0))
-    bench.exchange(0, Z, Y)
+    bench.exchange(0, Z, Y)()
     bench.exchange.finish(1)
     assert pace.stretches == [Stretch(num_forward_samples=4), Stretch()]
 
@@ -147,7 +147,7 @@ def test_the_stretch_of_a_round_without_exchanges_is_full() -> None:
 
 def test_a_server_that_claims_to_have_held_longer_than_it_took_gives_no_negative_transfer() -> None:
     bench = Bench(held_seconds=99.0)
-    bench.exchange(0, Z, Y)
+    bench.exchange(0, Z, Y)()
     assert bench.exchange.transfer_seconds == 0.0
 
 
@@ -161,7 +161,7 @@ def test_a_federated_round_has_compute_only() -> None:
 
 def test_what_is_sent_are_round_step_features_and_labels() -> None:
     bench = Bench()
-    bench.exchange(3, Z, Y)
+    bench.exchange(3, Z, Y)()
     (message,) = bench.link.sent
     assert isinstance(message, Features)
     assert (message.round_num, message.step) == (100, 3)
@@ -170,18 +170,18 @@ def test_what_is_sent_are_round_step_features_and_labels() -> None:
 
 
 def test_an_empty_gradient_is_handed_on() -> None:
-    assert Bench(gradient=torch.empty(0)).exchange(0, Z, Y).shape == (0,)
+    assert Bench(gradient=torch.empty(0)).exchange(0, Z, Y)().shape == (0,)
 
 
 @pytest.mark.parametrize("gradient", [torch.zeros(3, 2), torch.zeros(4, 3), torch.zeros(8)])
 def test_a_gradient_of_another_shape_ends_the_session(gradient: torch.Tensor) -> None:
     with pytest.raises(SessionLostError, match=r"the server sent a gradient float32.*, expected float32\(4, 2\)"):
-        Bench(gradient=gradient).exchange(0, Z, Y)
+        Bench(gradient=gradient).exchange(0, Z, Y)()
 
 
 def test_an_answer_that_is_no_gradient_ends_the_session() -> None:
     with pytest.raises(SessionLostError, match="expected Gradient for step 5, got Pong"):
-        Bench(answer=Pong()).exchange(5, Z, Y)
+        Bench(answer=Pong()).exchange(5, Z, Y)()
 
 
 def test_the_next_batch_is_drawn_when_the_features_are_out_and_before_the_answer_is_waited_for() -> None:
@@ -193,8 +193,8 @@ def test_the_next_batch_is_drawn_when_the_features_are_out_and_before_the_answer
 
     clock, link = bench.clock, cast(Link, bench.link)
     exchange = TimedExchange(link, 100, 4, clock, MeasuredPace(clock, 1.0), CPU, PLAIN, "w", prepare)
-    exchange(0, Z, Y)
-    exchange(1, Z, Y)
+    exchange(0, Z, Y)()
+    exchange(1, Z, Y)()
     assert told == [(1, 0.5), (2, 0.5 + 0.25 + 2.0 + 0.5)]  # sending takes 0.5 s, the answer 2 s
 
 
@@ -214,3 +214,84 @@ def test_batches_drawn_ahead_are_the_same_and_none_is_drawn_in_vain() -> None:
         batches.prepare()  # at most one ahead
     assert numbers == drawn == [0, 1, 2]
     assert int(next(batches)[0]) == 3  # more than was said are to be had, too
+
+
+class PipedLink:
+    """A link whose server answers the parts that are out one by one: each takes 2 s from when the one before was in."""
+
+    def __init__(self, clock: HandClock) -> None:
+        self.sent: list[Features] = []
+        self._clock = clock
+        self._num_answered = 0
+
+    def send(self, message: Message) -> None:
+        assert isinstance(message, Features)
+        self.sent.append(message)
+
+    def receive(self) -> Message:
+        self._clock.seconds += 2.0
+        asked = self.sent[self._num_answered]
+        self._num_answered += 1
+        return Gradient(asked.round_num, asked.step, 0.25, 2 * asked.features, part=asked.part)
+
+
+def test_a_step_in_two_parts_computes_while_the_first_is_out() -> None:
+    """By hand: forward 3 s, part 0 out; forward 1 s, part 1 out; gradient 0 after 2 s, backward 5 s, gradient 1 after
+    2 s, backward 6 s. Computed in all 15 s. From part 0 out to gradient 1 in 1 + 2 + 5 + 2 = 10 s, of these 6 s of
+    computing, and what was held delayed it by 0.25 s: 3.75 s of transfer. Every stretch is told of as it ends."""
+    clock, pace = HandClock(), NotingPace()
+    link = PipedLink(clock)
+    told: list[int] = []
+    measured = MeasuredPace(clock)
+    for one in (pace, measured):
+        clock.seconds, link.sent, link._num_answered = 0.0, [], 0
+        exchange = TimedExchange(
+            cast(Link, link), 100, 4, clock, one, CPU, PLAIN, "w", lambda: told.append(len(link.sent))
+        )
+        clock.seconds += 3.0
+        first = exchange(0, Z[:3], Y[:3])
+        clock.seconds += 1.0
+        second = exchange(0, Z[3:], Y[3:])
+        gradients = [first()]
+        clock.seconds += 5.0
+        gradients.append(second())
+        clock.seconds += 6.0
+        exchange.finish(1)
+        assert torch.equal(torch.cat(gradients), 2 * Z)
+    assert (exchange.compute_seconds, exchange.transfer_seconds) == (pytest.approx(15.0), pytest.approx(3.75))
+    assert [(one.step, one.part, len(one.labels)) for one in link.sent] == [(0, 0, 3), (0, 1, 1)]
+    assert told == [2, 2]  # the next batch is drawn when both parts are out
+    assert pace.stretches == [
+        Stretch(num_forward_samples=3),
+        Stretch(num_forward_samples=1),
+        Stretch(num_backward_samples=3),
+        Stretch(num_backward_samples=1),
+    ]
+
+
+def test_the_parts_of_the_next_step_are_counted_anew_and_its_first_forward_follows_the_last_backward() -> None:
+    clock, pace = HandClock(), NotingPace()
+    link = PipedLink(clock)
+    exchange = TimedExchange(cast(Link, link), 100, 4, clock, pace, CPU, PLAIN, "w")
+    for step in range(2):
+        waits = [exchange(step, Z[:2], Y[:2]), exchange(step, Z[2:], Y[2:])]
+        for wait in waits:
+            wait()
+    exchange.finish(2)
+    assert [(one.step, one.part) for one in link.sent] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert pace.stretches == [
+        Stretch(num_forward_samples=2),
+        Stretch(num_forward_samples=2),
+        Stretch(num_backward_samples=2),
+        Stretch(num_forward_samples=2, num_backward_samples=2),
+        Stretch(num_forward_samples=2),
+        Stretch(num_backward_samples=2),
+        Stretch(num_backward_samples=2),
+    ]
+
+
+def test_a_part_whose_gradient_has_the_rows_of_another_ends_the_session() -> None:
+    bench = Bench(gradient=torch.zeros(3, 2))
+    first, _ = bench.exchange(0, Z[:2], Y[:2]), bench.exchange(0, Z[2:], Y[2:])
+    with pytest.raises(SessionLostError, match=r"gradient float32\(3, 2\).*, expected float32\(2, 2\)"):
+        first()

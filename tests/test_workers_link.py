@@ -260,3 +260,40 @@ def test_leaving_without_a_session_or_a_connection_is_silent() -> None:
     offline.endpoint.online_at_seconds = 1.0
     offline.link.leave("nobody hears it")
     assert offline.endpoint.sent == []
+
+
+IN_TWO_PARTS = Assign(100, 2, 2, 2, "mergesfl", {}, {}, parts_per_step=2)
+PARTS = [Features(100, 0, np.ones((1, 2), np.float32), np.zeros(1, np.int64), part=part) for part in range(2)]
+
+
+def test_an_answer_to_the_first_part_that_comes_while_the_second_goes_out_is_kept() -> None:
+    """The second takes until 2 s to be sent; the answer is there before, and is what `receive` returns first."""
+    line = Line(*IDLE, IN_TWO_PARTS, PARTS[0])
+    line.endpoint.online_at_seconds = 2.0
+    line.endpoint.inbox.append(GRADIENT)
+    line.link.send(PARTS[1])
+    assert line.clock.seconds >= 2.0 and line.endpoint.sent[-1].part == 1  # type: ignore[union-attr]
+    line.endpoint.inbox.append(Gradient(100, 0, 0.0, np.ones((1, 2), np.float32), part=1))
+    answers = [line.link.receive(), line.link.receive()]
+    assert [answer.part for answer in answers if isinstance(answer, Gradient)] == [0, 1]
+
+
+@pytest.mark.parametrize("num_out", [0, 1])
+def test_an_answer_to_what_is_not_out_yet_ends_the_session(num_out: int) -> None:
+    line = Line(*IDLE, IN_TWO_PARTS, *PARTS[:num_out])
+    line.endpoint.online_at_seconds = 2.0
+    line.endpoint.inbox += [
+        Gradient(100, 0, 0.0, np.ones((1, 2), np.float32), part=part) for part in range(num_out + 1)
+    ]
+    with pytest.raises(SessionLostError, match="got Gradient where nothing was asked"):
+        line.link.send(PARTS[num_out])
+
+
+def test_a_release_takes_what_was_kept_with_it() -> None:
+    line = Line(*IDLE, IN_TWO_PARTS, PARTS[0])
+    line.endpoint.online_at_seconds = 2.0
+    line.endpoint.inbox += [GRADIENT, Release(100, "too late"), Assign(101, 1, 1, 1, "mergesfl", {}, {})]
+    with pytest.raises(RoundReleasedError, match="too late"):
+        line.link.send(PARTS[1])
+    following = line.link.receive()
+    assert isinstance(following, Assign) and following.round_num == 101

@@ -33,6 +33,7 @@ class FakeLink:
 
     def __init__(self, clock: HandClock, answer: Message | None) -> None:
         self.sent: list[Message] = []
+        self.num_answered = 0
         self._clock = clock
         self._answer = answer
 
@@ -42,9 +43,10 @@ class FakeLink:
 
     def receive(self) -> Message:
         self._clock.seconds += 2.0
-        asked = self.sent[-1]
+        asked = self.sent[self.num_answered]
+        self.num_answered += 1
         assert isinstance(asked, Probe)
-        return self._answer or Echo(asked.round_num, 1.5, asked.payload)
+        return self._answer or Echo(asked.round_num, 1.5, asked.payload, asked.part)
 
 
 class FakeModels:
@@ -122,6 +124,41 @@ def test_compute_is_the_pass_and_transfer_the_exchange_less_what_was_held() -> N
     assert (probe.payload.shape, probe.payload.dtype, probe.payload.any()) == ((20,), np.uint8, False)
 
 
+IN_TWO = Survey(1200, 3, False, num_probe_samples=3, probe_bytes=30, echo_bytes=30, parts_per_step=2)
+
+
+def three_batches() -> Iterator[tuple[Tensor, Tensor]]:
+    for x, y in batches():
+        yield x[:3], y[:3]
+
+
+def test_in_two_parts_the_second_is_computed_while_the_first_is_out() -> None:
+    """By hand, parts of 2 and 1: pass 2 s, probe 0.5 s, forward 2 s, probe 0.5 s, echo 2 s, backward, echo 2 s.
+    Computed in 4 s. From the first probe to the last echo 7 s, of these 2 s of computing; held were 1.5 s: 3.5 s."""
+    bench = Bench()
+    report = bench.survey.report(IN_TWO, three_batches())
+    assert report == Report(1200, pytest.approx(4.0 / 3), pytest.approx(3.5 / 3))  # type: ignore[arg-type]
+    probes = [one for one in bench.link.sent if isinstance(one, Probe)]
+    assert [(one.part, len(one.payload)) for one in probes] == [(0, 20), (1, 10)]
+
+
+def test_in_parts_the_pace_is_told_of_every_stretch_as_in_a_round() -> None:
+    """The backward of the first part and the forward of it are one stretch: between two steps they are."""
+    pace = NotingPace()
+    Bench(pace).survey.report(IN_TWO, three_batches())
+    assert [stretch for _, stretch in pace.stretches] == [
+        Stretch(num_full_samples=2),
+        Stretch(num_forward_samples=1),
+        Stretch(num_backward_samples=1),
+    ]
+
+
+def test_a_survey_in_parts_of_other_samples_than_are_computed_ends_the_session() -> None:
+    odd = Survey(1200, 3, False, num_probe_samples=5, probe_bytes=30, echo_bytes=30, parts_per_step=2)
+    with pytest.raises(SessionLostError, match="a probe of 5 samples in parts, expected 3"):
+        Bench().survey.report(odd, three_batches())
+
+
 def test_a_slowdown_lengthens_the_pass_alone() -> None:
     bench = Bench(slowdown=3.0)
     report = bench.report()
@@ -167,7 +204,7 @@ def test_nothing_is_changed_by_it(work: Work, training: bool) -> None:
         before = {key: tensor.clone() for key, tensor in model.joined_state_dict().items()}
         random_state = torch.get_rng_state()
         x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))  # (4, *shape)
-        work(model, Assignment(0, 1, 4, {}, {}, 0), iter([(x, torch.tensor([0, 1, 2, 0]))]), lambda step, z, y: z)
+        work(model, Assignment(0, 1, 4, {}, {}, 0), iter([(x, torch.tensor([0, 1, 2, 0]))]), lambda step, z, y: z.clone)
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.joined_state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
         assert {part.training for part in model.modules()} == {training}

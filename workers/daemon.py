@@ -192,6 +192,7 @@ class Daemon:
             settings=assign.settings,
             state=arrays_to_state(self._state_of(assign)),
             seed=seed_for(self._seed, "worker", worker_id, round_num),
+            parts_per_step=assign.parts_per_step,
         )
         try:
             work = find_method(assign.method).work

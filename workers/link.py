@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 
 from mergesfl.errors import LocalProtocolError, MergeSFLError, RemoteProtocolError
@@ -57,6 +58,7 @@ class Link:
         self._check = check
         self._patience = patience
         self._session = Session(Role.WORKER)
+        self._unread: deque[Message] = deque()  # answers to parts of a step that came while the next part went out
         self._last_ping_seconds = clock.now_seconds()
         self._last_sign_seconds = clock.now_seconds()  # of the server, or of our own message to it
 
@@ -67,14 +69,17 @@ class Link:
     def send(self, message: Message) -> None:
         """Sends, and waits for a connection as long as there is none. Raises LocalProtocolError, and like `receive`.
 
-        It listens meanwhile: what the server said before it went away (Release, Goodbye) must not be missed.
+        It listens meanwhile: what the server said before it went away (Release, Goodbye) must not be missed. What it
+        answers to what was sent before is kept.
         """
         self._session.send(message)
         frames = encode(message)
         while not self._endpoint.send(frames):
-            unasked = self._next()
-            if unasked is not None:
-                raise SessionLostError(f"got {type(unasked).__name__} where nothing was asked")
+            early = self._next()
+            if early is not None and not self._session.num_outstanding:  # or it answers what is not out yet
+                raise SessionLostError(f"got {type(early).__name__} where nothing was asked")
+            if early is not None:
+                self._unread.append(early)
         self._last_sign_seconds = self._clock.now_seconds()
 
     def leave(self, reason: str) -> None:
@@ -89,6 +94,8 @@ class Link:
 
         Raises SessionLostError, RunFinishedError, RefusedError, RoundReleasedError, StoppedError.
         """
+        if self._unread:
+            return self._unread.popleft()
         while True:
             message = self._next()
             if message is not None:
@@ -117,6 +124,7 @@ class Link:
         if isinstance(message, Refuse):
             raise RefusedError(message.reason)
         if isinstance(message, Release):
+            self._unread.clear()
             raise RoundReleasedError(message.reason)
         return message
 

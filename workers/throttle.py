@@ -5,7 +5,9 @@ disturb each other. Nothing blocks meanwhile: a message that is still under way 
 as it does without a connection) or has not arrived yet (`recv` says None), so the worker goes on listening.
 
 What is uncertain: a message begins to arrive when it is picked up here, not when the server sent it. In a round that is
-nearly the same, for a worker waits for every answer, but for the time that it takes to draw its next batch.
+nearly the same, for a worker waits for every answer, but for the time that it takes to draw its next batch. Of a step
+in parts (training.parts_per_step) it is not: a worker stands still while a part goes up, and what has come meanwhile
+is heard, but while it computes nothing moves. So less overlaps here than on a real link or in the simulation.
 """
 
 from __future__ import annotations

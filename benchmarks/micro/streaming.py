@@ -1,13 +1,16 @@
-"""What streaming the merge saves: pairs of runs that differ in training.merge alone.
+"""What streaming the merge saves: runs that differ in training.merge and training.parts_per_step alone.
 
-python -m benchmarks.micro.streaming [CONFIG.toml] --dataset har:PATH [--rounds 60] [--jitters 0.1,0.5] [--real]
+python -m benchmarks.micro.streaming [CONFIG.toml] --dataset har:PATH [--rounds 60] [--jitters 0.1,0.5] [--parts 2,4]
+                                     [--real]
 
 For every relative deviation of the transfers (link_jitter of the device profiles, whose own is 0.1), with and without
 regulation: mean seconds of a round without its survey, mean waiting seconds of a worker in a round (held by the server,
 and from its update to the last one) and the mean of the last three evaluated accuracies. What streaming can save are
-stragglers that differ from step to step; a worker that is the slowest in every step costs the same either way.
+stragglers that differ from step to step; a worker that is the slowest in every step costs the same either way. What
+steps in parts save is the slowest worker's own step, whose ways up and down then overlap: of at most half of it.
 
-Simulated, unless --real: then the workers are throttled processes (benchmarks/configs/throttled.toml).
+Simulated, unless --real: then the workers are throttled processes (benchmarks/configs/throttled.toml). Their emulated
+links hold a worker's computing up while it sends, so steps in parts gain less there, and are played only if asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from mergesfl.simulation.run import simulate
 CONFIG = Path("benchmarks/configs/streaming.toml")
 PROFILES = Path("benchmarks/profiles")
 POLICIES = ("barrier", "streaming")
+PARTS = "2,4"  # of the steps of simulated runs, beside the unsplit ones
 LAST_EVALUATIONS = 3  # accuracy swings from round to round
 
 
@@ -49,12 +53,15 @@ def jittery_fleet(fleet: Mapping[str, int], link_jitter: float, folder: Path) ->
     return result
 
 
-def with_values(config: RunConfig, name: str, merge: str, regulation: bool, fleet: dict[str, int]) -> RunConfig:
-    """The configuration under another name, with these three changed."""
+def with_values(
+    config: RunConfig, name: str, merge: str, regulation: bool, fleet: dict[str, int], parts_per_step: int = 1
+) -> RunConfig:
+    """The configuration under another name, with these four changed."""
+    training = {"merge": merge, "parts_per_step": parts_per_step}
     return config.model_copy(
         update={
             "name": name,
-            "training": config.training.model_copy(update={"merge": merge}),
+            "training": config.training.model_copy(update=training),
             "method": config.method.model_copy(update={"regulation": regulation}),
             "simulation": config.simulation.model_copy(update={"fleet": fleet}),
         }
@@ -85,11 +92,14 @@ def main(
     rounds: Annotated[int | None, typer.Option(help="as training.num_rounds, 2 or more")] = None,
     jitters: Annotated[str, typer.Option(help="relative deviations of the transfers")] = "0.1,0.5",
     regulations: Annotated[str, typer.Option(help="of method.regulation: on, off or both")] = "on,off",
+    parts: Annotated[
+        str | None, typer.Option(help="of the steps, streaming; '' for unsplit ones only, as is the default of --real")
+    ] = None,
     real: Annotated[bool, typer.Option("--real", help="throttled processes instead of a simulation")] = False,
     out: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs/streaming"),
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
-    """Runs all pairs and prints a table."""
+    """Runs all of them and prints a table."""
 
     def command() -> None:
         more = [f"output.folder={out}", *([f"data.dataset={dataset}"] if dataset else [])]
@@ -97,6 +107,9 @@ def main(
         config = load_config(path, [*(settings or []), *more])
         if not config.simulation.fleet or config.training.num_rounds < 2:
             raise ConfigError(f"{path}: expected a simulation.fleet and at least 2 rounds")
+        chosen_parts = ("" if real else PARTS) if parts is None else parts
+        policies = [(merge, 1) for merge in POLICIES]
+        policies += [("streaming", int(text)) for text in chosen_parts.split(",") if text]
         stop = StopFlag()
         stop.install()
         print("| link jitter | regulation | merge | s per round | waiting s | accuracy | faster |")
@@ -105,13 +118,14 @@ def main(
             fleet = jittery_fleet(config.simulation.fleet, jitter, out / "profiles")
             for regulation in regulations.split(","):
                 barrier_seconds = None
-                for merge in POLICIES:
-                    name = f"{merge}-{jitter:g}-{regulation}"
-                    varied = with_values(config, name, merge, regulation == "on", fleet)
+                for merge, num_parts in policies:
+                    suffix, words = (f"-{num_parts}", f", {num_parts} parts") if num_parts > 1 else ("", "")
+                    name = f"{merge}-{jitter:g}-{regulation}{suffix}"
+                    varied = with_values(config, name, merge, regulation == "on", fleet, num_parts)
                     seconds, waiting_seconds, accuracy = play(varied, real, stop)
                     barrier_seconds = barrier_seconds or seconds
                     print(
-                        f"| {jitter:g} | {regulation} | {merge} | {seconds:.3f} | {waiting_seconds:.3f} "
+                        f"| {jitter:g} | {regulation} | {merge}{words} | {seconds:.3f} | {waiting_seconds:.3f} "
                         f"| {100 * accuracy:.1f} % | {barrier_seconds / seconds:.3f} |",
                         flush=True,
                     )

@@ -1,7 +1,10 @@
 """What a method is: one program for the parameter server, one function for the worker, and no input or output.
 
-The only hole through which a method reaches the network is the function `exchange(step, z, y) -> gradient` that the
-worker's side is given. Legend: d_i samples of worker i in one step, D their sum, F... shape of a sample at the cut.
+The only hole through which a method reaches the network is the function `exchange(step, z, y) -> wait` that the
+worker's side is given: it sends, and `wait()` returns the gradient. Between the two there is time for the next part of
+the batch, if the run sends one in parts (mergesfl/parts.py).
+
+Legend: d_i samples of worker i in one step, D their sum, F... shape of a sample at the cut.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from mergesfl.training.split import SplitModel
 
 Setting = int | float | str | bool
 State = Mapping[str, Tensor]
-Exchange = Callable[[int, Tensor, Tensor], Tensor]  # (step, z (d_i, F...), y (d_i,)) -> dL/dz (d_i, F...)
+# (step, z (d_i, F...), y (d_i,)) -> a function that waits for dL/dz (d_i, F...). Called for each part of a batch in
+# their order, and then what it returned in the same order; L is the mean loss over the whole batch.
+Exchange = Callable[[int, Tensor, Tensor], Callable[[], Tensor]]
 Batches = Iterator[tuple[Tensor, Tensor]]  # endless (x (d_i, *sample), y (d_i,))
 
 # A worker whose settings hold this (true) may return fewer tensors than it was given; see ServerProgram.settings_for.
@@ -65,11 +70,15 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class StepFeatures:
-    """What one worker sent in one step: features (d_i, F...) and labels (d_i,), on the device of the top."""
+    """What one worker sent in one step, or in one part of it: features (d_i, F...) and labels (d_i,), or fewer samples.
+
+    They are on the device of the top.
+    """
 
     worker_id: str
     features: Tensor
     labels: Tensor
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class Assignment:
     settings: Mapping[str, Setting]
     state: State
     seed: int  # of this worker in this round
+    parts_per_step: int = 1  # in so many parts a batch is exchanged, each with samples, so perhaps fewer
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,7 @@ class StreamingProgram(ServerProgram, Protocol):
 
     In one step: `begin_step`, `feed` until the last worker that is left has been fed, `end_step`. All workers of a step
     meet the top as it stands before the step, so what one of them gets back does not depend on who else has been fed.
+    A worker may be fed part by part, in the order of the parts: each gets its rows of the same gradient.
     """
 
     def begin_step(self, step: int, worker_ids: Sequence[str], in_order: bool) -> None:
@@ -162,7 +173,7 @@ class StreamingProgram(ServerProgram, Protocol):
         ...
 
     def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
-        """Takes the features of some of them and returns dL/dz_i for each worker's own mean loss."""
+        """Takes features of some of them and returns dL/dz_i, or its rows, for each worker's own mean loss."""
         ...
 
     def end_step(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,17 @@ def count_work_flops(work: Work, model: SplitModel, assignment: Assignment, samp
     counted_forward_flops = 0.0
     with FlopCounterMode(display=False) as counter:
 
-        def exchange(step: int, z: Tensor, y: Tensor) -> Tensor:
+        def exchange(step: int, z: Tensor, y: Tensor) -> Callable[[], Tensor]:
             nonlocal counted_forward_flops
             counted_forward_flops = float(counter.get_total_flops())
-            return torch.zeros_like(z)  # (COUNTED_SAMPLES, F...)
+            return lambda: torch.zeros_like(z)  # (COUNTED_SAMPLES, F...)
 
         one_step = dataclasses.replace(
-            assignment, num_steps=1, batch_size=COUNTED_SAMPLES, state=copy_state(assignment.state)
+            assignment,
+            num_steps=1,
+            batch_size=COUNTED_SAMPLES,
+            state=copy_state(assignment.state),
+            parts_per_step=1,
         )
         work(copy.deepcopy(model).cpu(), one_step, _made_up(sample_shape), exchange)
     total_flops = float(counter.get_total_flops())

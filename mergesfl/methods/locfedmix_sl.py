@@ -166,7 +166,7 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
         z = forward_any(bottom, x)  # (d_i, F...)
         decoder = decoder or {k: v.to(z.device, copy=True) for k, v in _decoder_of(assignment.state).items()}
         regulariser = _regulariser_step(z, x, decoder, rate)  # (d_i, F...) dR_i/dz_i
-        gradient = exchange(step, z.detach(), y) + regulariser  # (d_i, F...)
+        gradient = exchange(step, z.detach(), y)() + regulariser  # (d_i, F...)
         optimizer.zero_grad(set_to_none=True)
         z.backward(gradient)  # type: ignore[no-untyped-call]
         optimizer.step()

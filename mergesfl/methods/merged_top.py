@@ -35,8 +35,8 @@ class MergedTop:
         self._optimizer: torch.optim.Optimizer
         # Of a step that is streamed:
         self._open_step: OpenStep
-        self._worker_ids: list[str] = []  # in plan order
-        self._fed_ids: list[list[str]] = []  # of each group, as they came
+        self._batch_sizes: dict[str, int] = {}  # worker_id -> d_i, in plan order
+        self._fed: list[tuple[str, int]] = []  # worker_id and part of the first of each group, as they came
         self._seed = 0
         self._feeds_one_by_one = False
 
@@ -61,11 +61,12 @@ class MergedTop:
     def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
         """D = sum d_i is known. Workers with masks of their own, or in an order of their own, go in one by one.
 
-        One forward per worker is the simple way to a mask per worker: to build the masks of a group would need every
-        dropout layer to know whose rows are whose, and groups are small, for few features arrive at the same time.
+        So do their parts. One forward per worker is the simple way to a mask per worker: to build the masks of a group
+        would need every dropout layer to know whose rows are whose, and groups are small, for few features arrive at
+        the same time.
         """
         self._open_step = OpenStep(self._top, self._optimizer, sum(batch_sizes.values()), in_order)
-        self._worker_ids, self._fed_ids, self._seed = list(batch_sizes), [], seed
+        self._batch_sizes, self._fed, self._seed = dict(batch_sizes), [], seed
         self._feeds_one_by_one = in_order or has_dropout(self._top)
 
     def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
@@ -73,17 +74,22 @@ class MergedTop:
         groups = [[one] for one in arrived] if self._feeds_one_by_one else [list(arrived)]
         gradients = []
         for group in groups:
+            worker_id, part = group[0].worker_id, group[0].part
             if self._feeds_one_by_one:
-                seed_dropout(self._top, seed_of_turn(self._seed, group[0].worker_id, len(self._worker_ids)))
-            gradients += self._open_step.feed([one.features for one in group], [one.labels for one in group])
-            self._fed_ids.append([one.worker_id for one in group])
+                seed_dropout(self._top, seed_of_turn(self._seed, worker_id, len(self._batch_sizes), part))
+            gradients += self._open_step.feed(
+                [one.features for one in group],
+                [one.labels for one in group],
+                batch_sizes=[self._batch_sizes[one.worker_id] for one in group],
+            )
+            self._fed.append((worker_id, part))
         return gradients
 
     def end_step(self) -> float:
         """ONE step of the top; the losses are summed up in plan order where workers went in one by one."""
-        places = {worker_id: place for place, worker_id in enumerate(self._worker_ids)}
-        order = sorted(range(len(self._fed_ids)), key=lambda index: places[self._fed_ids[index][0]])
-        return self._open_step.close(order)
+        places = {worker_id: place for place, worker_id in enumerate(self._batch_sizes)}
+        keys = [(places[worker_id], part) for worker_id, part in self._fed]
+        return self._open_step.close(sorted(range(len(keys)), key=keys.__getitem__))
 
     def close(self, weights: dict[str, float]) -> None:
         """The top is never averaged [paper]."""

@@ -60,7 +60,7 @@ class FusedMomentumTops(TopPerWorker):
         self._fused = self._carried
 
     def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
-        """One step of these workers' tops, from the fused momentum."""
+        """Forward and backward of these workers' tops; they will step from the fused momentum."""
         for one in arrived:
             put_buffers(self._optimizers[one.worker_id], self._tops[one.worker_id], self._fused)
         return super().feed(arrived)

@@ -7,7 +7,7 @@ does with the features of a step (a `TopTrainer`) and in the weights of the aver
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
+from mergesfl.errors import ConfigError
 from mergesfl.methods.base import (
     Assignment,
     Batches,
@@ -28,12 +29,13 @@ from mergesfl.methods.base import (
     WorkResult,
     copy_state,
 )
+from mergesfl.parts import part_sizes
 from mergesfl.seeding import seed_for
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
-from mergesfl.training.singles import forward_any
+from mergesfl.training.singles import forward_any, has_batch_norm
 from mergesfl.training.split import SplitModel
 
 
@@ -59,7 +61,7 @@ class StreamingTop(TopTrainer, Protocol):
 
     With one worker the masks of its dropout are those of `step`. With more, one worker's must not depend on who else
     has arrived, so they are drawn per worker (`seed_of_turn`), where `step` may draw them over the merged batch: only
-    without dropout are both equal to float tolerance.
+    without dropout are both equal to float tolerance. For the same reason they are drawn per part of a batch.
     """
 
     def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
@@ -67,7 +69,10 @@ class StreamingTop(TopTrainer, Protocol):
         ...
 
     def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
-        """Takes some of them: dL/dz_i (d_i, F...) of each worker's own mean loss, with the top before the step."""
+        """Takes some of them: dL/dz_i (d_i, F...) of each worker's own mean loss, with the top before the step.
+
+        Of a part of a batch: its rows of that.
+        """
         ...
 
     def end_step(self) -> float:
@@ -155,7 +160,7 @@ class SplitProgram:
         return gradients
 
     def begin_step(self, step: int, worker_ids: Sequence[str], in_order: bool) -> None:
-        """Opens a step of the top; its dropout masks depend on (seed, round, step, worker) alone."""
+        """Opens a step of the top; its dropout masks depend on (seed, round, step, worker, part) alone."""
         plan = self._current_plan()
         batch_sizes = {worker_id: plan.batch_size_of(worker_id) for worker_id in worker_ids}
         self._streaming_top().begin_step(batch_sizes, self._seed_of(step), in_order)
@@ -205,12 +210,27 @@ class SplitProgram:
         return self._plan
 
 
-def seed_of_turn(seed: int, worker_id: str, num_workers: int) -> int:
-    """Seed of the top's dropout masks for one worker's features: unrelated between workers [ours].
+def seed_of_turn(seed: int, worker_id: str, num_workers: int, part: int = 0) -> int:
+    """Seed of the top's dropout masks for one worker's features, or one part of them: unrelated between both [ours].
 
     A lone worker gets the seed of the step itself, so that one worker with all data equals central training.
     """
-    return seed_for(seed, worker_id) if num_workers > 1 else seed
+    return seed_of_part(seed_for(seed, worker_id) if num_workers > 1 else seed, part)
+
+
+def seed_of_part(seed: int, part: int) -> int:
+    """Seed of dropout masks for one part of a batch [ours]; the first has that of the batch, which may be unsplit."""
+    return seed_for(seed, "part", part) if part else seed
+
+
+def check_parts(network: SplitModel, parts_per_step: int) -> None:
+    """Raises ConfigError where a bottom that sees a batch in parts would compute something else: batch-norm."""
+    if parts_per_step > 1 and has_batch_norm(network.bottom):
+        raise ConfigError(
+            f"training.parts_per_step = {parts_per_step}, but the bottom before the cut '{network.cut}' holds "
+            "batch-norm, whose statistics are those of the whole batch: set training.parts_per_step = 1, or cut before "
+            "the first batch-norm (model.cut, see `mergesfl cuts`)"
+        )
 
 
 def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: Exchange) -> WorkResult:
@@ -219,6 +239,10 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
     The gradient that comes back is that of the mean loss over this worker's own d_i samples (dispatch [code]). With a
     setting `proximal` mu > 0 the bottom's gradient gets mu (w_i - w) added, w being the bottom that the round began
     with (FedProx, MLSys 2020).
+
+    In parts, all of them go forward, each sent when it is computed, and then, as their gradients come, all go backward
+    into one sum; the bottom steps once. The sum is the gradient of the unsplit step up to rounding, but for dropout:
+    masks are drawn per part, as a function of (seed, worker, round, step, part) alone.
     """
     bottom = model.bottom
     bottom.load_state_dict(assignment.state)
@@ -230,12 +254,19 @@ def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: 
     num_samples = 0
     for step in range(assignment.num_steps):
         x, y = next(batches)  # (d_i, *sample), (d_i,)
-        seed_dropout(bottom, seed_for(assignment.seed, "step", step))
-        z = forward_any(bottom, x)  # (d_i, F...)
-        gradient = exchange(step, z.detach(), y)  # (d_i, F...)
+        sizes = list(part_sizes(len(y), assignment.parts_per_step))
+        sent: list[tuple[Tensor, Callable[[], Tensor]]] = []  # of each part: z, and how to wait for its gradient
+        for part, (x_part, y_part) in enumerate(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)):
+            seed_dropout(bottom, seed_of_part(seed_for(assignment.seed, "step", step), part))
+            z = forward_any(bottom, x_part)  # (d_i, F...), or the rows of the part
+            sent.append((z, exchange(step, z.detach(), y_part)))
         if optimizer is not None:
             optimizer.zero_grad(set_to_none=True)
-            z.backward(gradient)  # type: ignore[no-untyped-call]
+        for z, wait in sent:
+            gradient = wait()  # as z
+            if optimizer is not None:
+                z.backward(gradient)  # type: ignore[no-untyped-call]
+        if optimizer is not None:
             for parameter, anchor in zip(parameters, anchors, strict=bool(anchors)):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - anchor, alpha=proximal)

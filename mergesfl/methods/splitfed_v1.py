@@ -27,7 +27,7 @@ from mergesfl.methods.base import Method, MethodSettings, StepFeatures, streams_
 from mergesfl.methods.split_program import SplitProgram, seed_of_turn, work
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.merging import single_step
+from mergesfl.training.merging import OpenStep
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.split import SplitModel
 
@@ -39,9 +39,10 @@ class TopPerWorker:
         self._top = top
         self._tops: dict[str, nn.Module] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
-        self._worker_ids: list[str] = []  # of the step, in plan order
+        self._batch_sizes: dict[str, int] = {}  # worker_id -> d_i of the step, in plan order
         self._seed = 0
-        self._losses: dict[str, tuple[float, int]] = {}  # worker_id -> mean loss in nats and d_i, of those fed
+        self._open_steps: dict[str, OpenStep] = {}  # of the workers that were fed
+        self._num_fed: dict[str, int] = {}  # worker_id -> samples fed
 
     def open(self, worker_ids: Sequence[str], rate: float) -> None:
         """Every worker's top starts from the global one."""
@@ -56,31 +57,33 @@ class TopPerWorker:
 
     def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
         """Opens a step. No sum over workers is made in it but that of the losses, and that always in plan order."""
-        self._worker_ids, self._seed, self._losses = list(batch_sizes), seed, {}
+        self._batch_sizes, self._seed, self._open_steps, self._num_fed = dict(batch_sizes), seed, {}, {}
 
     def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
-        """One step of the tops of these workers."""
+        """Forward and backward of the tops of these workers."""
         gradients = []
         for one in arrived:
-            top = self._tops[one.worker_id]
-            seed_dropout(top, seed_of_turn(self._seed, one.worker_id, len(self._worker_ids)))
-            result = single_step(top, self._optimizers[one.worker_id], one.features, one.labels)
-            gradients.append(result.gradient)
-            self._losses[one.worker_id] = (result.loss_nats, len(one.labels))
+            top, batch_size = self._tops[one.worker_id], self._batch_sizes[one.worker_id]
+            if one.worker_id not in self._open_steps:
+                self._open_steps[one.worker_id] = OpenStep(top, self._optimizers[one.worker_id], batch_size)
+            seed_dropout(top, seed_of_turn(self._seed, one.worker_id, len(self._batch_sizes), one.part))
+            step = self._open_steps[one.worker_id]
+            gradients += step.feed([one.features], [one.labels], batch_sizes=[batch_size])
+            self._num_fed[one.worker_id] = self._num_fed.get(one.worker_id, 0) + len(one.labels)
         return gradients
 
     def end_step(self) -> float:
-        """The mean loss over all samples; the tops have stepped."""
+        """One step of each top that was fed; the mean loss over all samples."""
         loss_sum_nats, num_samples = 0.0, 0
         for worker_id in self._fed_ids():
-            loss_nats, size = self._losses[worker_id]
-            loss_sum_nats += loss_nats * size
+            size = self._num_fed[worker_id]
+            loss_sum_nats += self._open_steps[worker_id].close() * size
             num_samples += size
         return loss_sum_nats / num_samples
 
     def _fed_ids(self) -> list[str]:
         """Those that were fed in this step, in plan order."""
-        return [worker_id for worker_id in self._worker_ids if worker_id in self._losses]
+        return [worker_id for worker_id in self._batch_sizes if worker_id in self._num_fed]
 
     def close(self, weights: dict[str, float]) -> None:
         """top = weighted mean of the tops of the workers that finished."""

@@ -7,8 +7,8 @@
                 a small variance that became 0 would be divided by
 
 What arrives must be exactly what the run's codec makes of the shape that is expected; else RemoteProtocolError, which
-closes that peer only. Chance is drawn per (seed, kind of message, worker, round, step), so that a run is the same over
-every transport, and a repeated one, too. All [ours].
+closes that peer only. Chance is drawn per (seed, kind of message, worker, round, step, part), so that a run is the same
+over every transport, and a repeated one, too. All [ours].
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RunCodecs:
         """The message as it is sent; its features are float32 (d, F...)."""
         if isinstance(self._features, Fp32):  # nothing to do, and no generator to make for it
             return message
-        generator = self._generator("features", worker_id, message.round_num, message.step)
+        generator = self._generator("features", worker_id, message.round_num, message.step, message.part)
         values, parts = _encoded(self._features, message.features, generator)
         return replace(message, features=values, parts=parts)
 
@@ -79,11 +79,13 @@ class RunCodecs:
         features = _decoded("features", self._features, message.features, message.parts, shape)
         return replace(message, features=features, parts={})
 
-    def encode_gradient(self, gradient: Array, worker_id: str, round_num: int, step: int) -> tuple[Array, State]:
+    def encode_gradient(
+        self, gradient: Array, worker_id: str, round_num: int, step: int, part: int = 0
+    ) -> tuple[Array, State]:
         """(gradient, parts) of a Gradient in this wire round, of a float32 gradient (d, F...), or (0,)."""
         if not gradient.size or isinstance(self._gradients, Fp32):
             return gradient, {}
-        return _encoded(self._gradients, gradient, self._generator("gradient", worker_id, round_num, step))
+        return _encoded(self._gradients, gradient, self._generator("gradient", worker_id, round_num, step, part))
 
     def decode_gradient(self, message: Gradient, shape: tuple[int, ...]) -> Array:
         """The float32 gradient of this shape (d, F...), or an empty one. Raises RemoteProtocolError."""
@@ -111,8 +113,12 @@ class RunCodecs:
         """The message with its whole state. Raises RemoteProtocolError."""
         return replace(message, state=self._decode_state(message.state, message.parts), parts={})
 
-    def _generator(self, kind: str, worker_id: str, wire_round_num: int, step: int) -> np.random.Generator:
-        return generator_for(self._seed, "codec", kind, worker_id, round_of(wire_round_num), step)
+    def _generator(
+        self, kind: str, worker_id: str, wire_round_num: int, step: int, part: int = 0
+    ) -> np.random.Generator:
+        """The first part has the stream of an unsplit step."""
+        purpose = ("codec", kind, worker_id, round_of(wire_round_num), step)
+        return generator_for(self._seed, *purpose, part) if part else generator_for(self._seed, *purpose)
 
     def _carries(self, array: Array) -> bool:
         """Whether this tensor of a state goes through the codec."""

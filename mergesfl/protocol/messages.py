@@ -4,7 +4,8 @@ Arrays are numpy: the wire knows no torch. Only durations cross the network, nev
 Legend: d samples of one worker's step, C classes, F... shape of one sample at the cut, n bytes of a probe.
 
 The codecs of the run (mergesfl/codecs, mergesfl/protocol/coding.py) say what features, gradients and states look like
-on the wire; `parts` is what a codec sends beside them. With "fp32" there are none.
+on the wire; `parts` is what a codec sends beside them. With "fp32" there are none. They are not to be mistaken for the
+parts of a step: a batch may go up in several messages (mergesfl/parts.py), and `part` says which of them one is.
 """
 
 from __future__ import annotations
@@ -99,23 +100,26 @@ class Survey:
     num_probe_samples: int  # what is sent for so many samples in one direction
     probe_bytes: int  # is so much: n
     echo_bytes: int  # and what comes back for them so much: m
+    parts_per_step: int = 1  # both in so many parts (mergesfl/parts.py), as the steps of the rounds to come
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Worker -> PS. As many bytes as num_probe_samples send; what they are does not matter."""
+    """Worker -> PS. As many bytes as the samples of this part send; what they are does not matter."""
 
     round_num: int
-    payload: Array  # (n,) uint8
+    payload: Array  # (n,) uint8; the part's share of n
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class Echo:
-    """PS -> worker. As many bytes as come back for num_probe_samples, and how long the PS held the Probe."""
+    """PS -> worker. As many bytes as come back for the samples of this part, and how long the PS held the Probe."""
 
     round_num: int
     held_seconds: float
-    payload: Array  # (m,) uint8
+    payload: Array  # (m,) uint8; the part's share of m
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,28 +143,34 @@ class Assign:
     settings: Mapping[str, Setting]  # learning_rate and the like
     state: Mapping[str, Array]  # parameters and buffers to start from (bottom or full model)
     parts: Mapping[str, Array] = field(default_factory=dict)  # of the tensors that the codec carries
+    parts_per_step: int = 1  # P: the d_i samples of a step go up in min(P, d_i) messages (mergesfl/parts.py)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Worker -> PS. One step's activations at the cut and their labels."""
+    """Worker -> PS. Activations at the cut and their labels: of one step, or of one part of it (then d its samples)."""
 
     round_num: int
     step: int
     features: Array  # (d, F...) float32, or the codec's values (d, ...)
     labels: Array  # (d,) int64
     parts: Mapping[str, Array] = field(default_factory=dict)  # what the codec sends beside its values
+    part: int = 0  # of the step
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """PS -> worker. dL/dfeatures for the same step, and how long the PS held the request."""
+    """PS -> worker. dL/dfeatures for the same part of the same step, and how long the PS held the request.
+
+    L is the mean loss over the worker's whole batch, of which a part has its rows.
+    """
 
     round_num: int
     step: int
     held_seconds: float
     gradient: Array  # (d, F...) float32, or the codec's values (d, ...); (0,) float32 for none
     parts: Mapping[str, Array] = field(default_factory=dict)
+    part: int = 0  # of the step
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 
 from mergesfl.errors import ConfigError
+from mergesfl.parts import MAX_PARTS_PER_STEP
 from mergesfl.protocol.limits import DEFAULT, Limits
 
 Rule = Callable[[object, Limits], object]
@@ -71,6 +72,16 @@ def seed(value: object, limits: Limits) -> int:
 def divisor_count(value: object, limits: Limits) -> int:
     """A count that something is divided by: from 1 to max_count."""
     return _whole(value, 1, limits.max_count)
+
+
+def part(value: object, limits: Limits) -> int:
+    """The place of a part among those of its step: an int from 0 to MAX_PARTS_PER_STEP - 1."""
+    return _whole(value, 0, MAX_PARTS_PER_STEP - 1)
+
+
+def parts_per_step(value: object, limits: Limits) -> int:
+    """How many parts a step has at most: an int from 1 to MAX_PARTS_PER_STEP."""
+    return _whole(value, 1, MAX_PARTS_PER_STEP)
 
 
 def payload_bytes(value: object, limits: Limits) -> int:
@@ -217,6 +228,8 @@ RULES: Mapping[str, Rule] = {
     "num_probe_samples": divisor_count,
     "num_samples": count,
     "num_steps": count,
+    "part": part,
+    "parts_per_step": parts_per_step,
     "probe_bytes": payload_bytes,
     "protocol_version": count,
     "reason": text,

@@ -8,16 +8,24 @@ may differ, and the rules below say exactly how far.
     IDLE --Assign--> WORKING --(Features--> WAITING --Gradient--> WORKING) x num_exchanges --Update--> IDLE
     IDLE --Survey--> SURVEYING --Probe--> PROBING --Echo--> REPORTING --Report--> IDLE
 
+A step goes in n parts, n = min(parts_per_step, batch_size), as both ends reckon from the Assign: n Features, and n
+Gradients back. An arrow by Features or Gradient is that of the last part; those before it leave the state as it is. So
+WORKING means that parts are still to be sent, WAITING that all are out, and the two directions do not wait for each
+other: in both states a part that is out may be answered. The same holds for Probe and Echo.
+
 Rules:
 1. A round number is used once in a session: each Assign or Survey carries a larger one than the last of both.
    Otherwise a late message of a released attempt could not be told from the new one. A round that is repeated gets a
    new number.
-2. Features carry the round of the assignment and the next step, counted from 0; a Gradient answers exactly them; an
-   Update comes after num_exchanges exchanges and not before. Probe, Echo and Report carry the number of the survey.
+2. Features carry the round of the assignment and the next step, counted from 0, and of it the next part, counted from
+   0: at most n are out at a time, because the next step begins when all of this one are answered. Gradients answer
+   exactly them, in the order of the parts, and none that is not out; an Update comes after num_exchanges exchanges and
+   not before. Probe, Echo and Report carry the number of the survey, and Probe and Echo their part.
 3. Release ends the round or survey at once (-> IDLE) and a new Assign may follow at once. What the worker had sent
-   before it saw the Release is STALE: at most one message, because it sends one and then waits, and none if the PS
-   released it while it waited (WAITING, PROBING). Messages keep their order, so anything fresh proves that nothing
-   stale is left.
+   before it saw the Release is STALE: at most the parts of the step that the PS has not seen yet, because without
+   their answers it goes no further (where an Update or Report is next, that one message), and none if the PS released
+   it while it waited (WAITING, PROBING). Messages keep their order, so anything fresh proves that nothing stale is
+   left.
 4. A Release that crosses the worker's Update or Report is STALE at the worker, and so is a Gradient or Echo of any
    round it has left.
 5. Ping, Pong are legal from Register on. Leave, Refuse, Reset, Goodbye close the session from every state. What still
@@ -35,6 +43,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
+from mergesfl.parts import part_sizes
 from mergesfl.protocol.messages import (
     Assign,
     Echo,
@@ -64,6 +73,8 @@ class Role(Enum):
     WORKER = "worker"
     SERVER = "server"
 
+    __hash__ = object.__hash__  # of its identity: Enum's own is Python code, and every message asks several times
+
 
 class State(Enum):
     """Where a session stands."""
@@ -78,6 +89,8 @@ class State(Enum):
     PROBING = "probing"  # the probe is out: the PS's turn
     REPORTING = "reporting"  # the worker's turn: it has its figures
     CLOSED = "closed"
+
+    __hash__ = object.__hash__  # as that of Role
 
 
 class Arrival(Enum):
@@ -114,16 +127,15 @@ FROM_SERVER: Table = {
     State.REGISTERING: {Welcome: State.BUILDING, Pong: State.REGISTERING, **_CLOSING},
     State.BUILDING: {Pong: State.BUILDING, **_CLOSING},
     State.IDLE: {Assign: State.WORKING, Survey: State.SURVEYING, Pong: State.IDLE, **_CLOSING},
-    State.WORKING: {Release: State.IDLE, Pong: State.WORKING, **_CLOSING},
+    State.WORKING: {Gradient: State.WORKING, Release: State.IDLE, Pong: State.WORKING, **_CLOSING},
     State.WAITING: {Gradient: State.WORKING, Release: State.IDLE, Pong: State.WAITING, **_CLOSING},
-    State.SURVEYING: {Release: State.IDLE, Pong: State.SURVEYING, **_CLOSING},
+    State.SURVEYING: {Echo: State.SURVEYING, Release: State.IDLE, Pong: State.SURVEYING, **_CLOSING},
     State.PROBING: {Echo: State.REPORTING, Release: State.IDLE, Pong: State.PROBING, **_CLOSING},
     State.REPORTING: {Release: State.IDLE, Pong: State.REPORTING, **_CLOSING},
     State.CLOSED: {},
 }
 
 _AT_WORK = frozenset({State.WORKING, State.WAITING, State.SURVEYING, State.PROBING, State.REPORTING})
-_WORKERS_TURN = frozenset({State.WORKING, State.SURVEYING, State.REPORTING})
 
 _SPOKEN_BY: Mapping[Role, Table] = {Role.WORKER: FROM_WORKER, Role.SERVER: FROM_SERVER}
 _OTHER: Mapping[Role, Role] = {Role.WORKER: Role.SERVER, Role.SERVER: Role.WORKER}
@@ -135,6 +147,7 @@ _BEGIN = (Assign, Survey)
 _FROM_WORKER = (Features, Update, Probe, Report)
 _OF_A_ROUND = (*_FROM_WORKER, Gradient, Echo, Release)
 _OF_A_STEP = (Features, Gradient)
+_ASKS, _ANSWERS = (Features, Probe), (Gradient, Echo)
 _LATE_FROM_SERVER = (Gradient, Echo, Release)
 
 
@@ -147,7 +160,10 @@ class Session:
         self._round_num = -1  # of the last assignment or survey
         self._num_exchanges = 0  # of the last assignment; 0 in a survey
         self._step = 0  # exchanges finished = number of the next step
-        self._late_rounds: set[int] = set()  # server: released rounds of which one message may be under way
+        self._num_parts = 1  # n: of a step of the last assignment, or of the last survey
+        self._num_sent = 0  # of them the worker has sent, in the present step
+        self._num_answered = 0  # of these the PS has answered
+        self._late: dict[int, int] = {}  # server: released round -> how many of its messages may be under way
         self._closed_here = False
 
     @property
@@ -159,6 +175,11 @@ class Session:
     def step(self) -> int:
         """Exchanges that this round has finished; the number of the next or current step."""
         return self._step
+
+    @property
+    def num_outstanding(self) -> int:
+        """Parts of the present step that the worker has sent and the PS has not answered."""
+        return self._num_sent - self._num_answered
 
     def send(self, message: Message) -> None:
         """Notes that this end sends the message.
@@ -205,23 +226,48 @@ class Session:
             return f"{self._where()}, {kind} carries step {message.step}; expected {self._step}"
         if isinstance(message, Features) and self._step >= self._num_exchanges:
             return f"{self._where()}, Features of one step too many; expected Update"
+        if isinstance(message, _ASKS) and message.part != self._num_sent:
+            return f"{self._where()}, {kind} carries part {message.part}; expected {self._num_sent}"
+        if isinstance(message, _ANSWERS):
+            if not self.num_outstanding:
+                return f"{self._where()}, {kind} of part {message.part} answers nothing; expected none"
+            if message.part != self._num_answered:
+                return f"{self._where()}, {kind} carries part {message.part}; expected {self._num_answered}"
         if isinstance(message, Update) and self._step < self._num_exchanges:
             return f"{self._where()}, Update comes too early; expected Features of step {self._step}"
         return ""
 
     def _advance(self, speaker: Role, message: Message) -> None:
         """Moves along the table; the message is legal."""
-        if isinstance(message, Assign):
-            self._round_num, self._num_exchanges, self._step = message.round_num, message.num_exchanges, 0
-        elif isinstance(message, Survey):
-            self._round_num, self._num_exchanges, self._step = message.round_num, 0, 0
-        elif isinstance(message, Gradient):
-            self._step += 1
-        elif isinstance(message, Release) and self.role is Role.SERVER and self.state in _WORKERS_TURN:
-            self._late_rounds.add(message.round_num)
-        elif isinstance(message, _FROM_WORKER):
-            self._late_rounds.clear()
-        self.state = _SPOKEN_BY[speaker][self.state][type(message)]
+        following = _SPOKEN_BY[speaker][self.state][type(message)]
+        if isinstance(message, _BEGIN):
+            self._round_num, self._step = message.round_num, 0
+            self._num_exchanges = message.num_exchanges if isinstance(message, Assign) else 0
+            num_samples = message.batch_size if isinstance(message, Assign) else message.num_probe_samples
+            self._num_parts = len(part_sizes(num_samples, message.parts_per_step))
+            self._num_sent = self._num_answered = 0
+        elif isinstance(message, _ASKS):
+            self._num_sent += 1
+            if self._num_sent < self._num_parts:
+                following = self.state
+        elif isinstance(message, _ANSWERS):
+            self._num_answered += 1
+            if self._num_answered < self._num_parts:
+                following = self.state
+            else:
+                self._num_sent = self._num_answered = 0
+                self._step += isinstance(message, Gradient)
+        elif isinstance(message, Release) and self.role is Role.SERVER and self._num_late():
+            self._late[message.round_num] = self._num_late()
+        if isinstance(message, _FROM_WORKER):
+            self._late.clear()
+        self.state = following
+
+    def _num_late(self) -> int:
+        """How many messages of the worker a Release may cross now (rule 3)."""
+        if self.state is State.SURVEYING or (self.state is State.WORKING and self._step < self._num_exchanges):
+            return self._num_parts - self._num_sent
+        return int(self.state in (State.WORKING, State.REPORTING))
 
     def _is_stale(self, message: Message) -> bool:
         """Whether a received message crossed one of ours (rules 3, 4 and 5); forgets what can no longer come."""
@@ -233,8 +279,11 @@ class Session:
                 and message.round_num <= self._round_num
                 and message.round_num != self.round_num
             )
-        if isinstance(message, _FROM_WORKER) and message.round_num in self._late_rounds:
-            self._late_rounds = {late for late in self._late_rounds if late > message.round_num}
+        if isinstance(message, _FROM_WORKER) and message.round_num in self._late:
+            num_left = self._late[message.round_num] - 1
+            self._late = {late: number for late, number in self._late.items() if late > message.round_num}
+            if num_left:
+                self._late[message.round_num] = num_left
             return True
         return False
 

@@ -3,6 +3,9 @@
 Fluid model: while n messages are on their way in one direction, each gets its max-min fair share of the server's
 capacity, at most what its own link takes, as parallel TCP streams do in the long run. A link carries one message after
 the other per direction. What is small travels beside the others, in the latency alone, but never overtakes. [ours]
+
+The two directions are independent (full duplex), of every link and of the server's. On half-duplex links, as Wi-Fi is,
+what goes up and what comes down share the air: steps in parts (training.parts_per_step) gain less there than here.
 """
 
 from __future__ import annotations

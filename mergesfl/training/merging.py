@@ -85,7 +85,7 @@ def joined(slices: Sequence[Tensor]) -> Tensor:
 
 
 class OpenStep:
-    """One merged step that is fed in parts: groups of workers go in as their features come, the top steps at the end.
+    """One merged step that is fed in groups: features go in as they come, the top steps at the end.
 
     The gradient for worker i depends on the top before its step and on worker i's own features only, unless the top
     mixes samples (batch-norm) [ours]. So with D known beforehand every group may be processed on its own:
@@ -95,6 +95,9 @@ class OpenStep:
 
     If fewer than D samples were fed in the end, because a worker was lost, the sum is scaled by D / fed: then it is the
     mean over the samples that were fed. One group of all D samples is the merged step, to the bit.
+
+    Nor need a worker's d_i samples go in at once: a part of them gets its rows of the gradient of L_i, the mean over
+    all d_i, which is (D / d_i) times its rows of dL/dZ, whatever else the group holds.
 
     Args:
         top: (D, F...) -> logits (D, C), in training mode if it is to train.
@@ -123,20 +126,23 @@ class OpenStep:
         labels: Sequence[Tensor],
         prior: Tensor | None = None,
         own_priors: Sequence[Tensor] | None = None,
+        batch_sizes: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """One forward and one backward of one group; (d_i, F...) per worker: the gradient of its own mean loss.
 
         Args:
-            features: (d_i, F...) per worker, float32 or float64; in_order: of one worker.
+            features: (d_i, F...) per worker, or fewer of its samples; float32 or float64; in_order: of one worker.
             labels: (d_i,) int64 per worker, in the same order.
             prior: (C,) ln pi of the merged samples: the loss is logit-adjusted by it; None: the plain loss.
             own_priors: (C,) ln pi_i per worker: what goes back to worker i is the gradient of the loss adjusted by its
                 own prior, from the same forward, by a second backward (SCALA); None: the gradient of the loss of the
                 step.
+            batch_sizes: d_i per entry of features, where these are parts of batches; None: they are whole.
         """
         merged, targets = merge_features(features, labels)  # (D_g, F...), (D_g,)
         merged.requires_grad_()
         sizes = [z.shape[0] for z in features]
+        wholes = list(batch_sizes) if batch_sizes is not None else sizes  # d_i
         logits = forward_any(self._top, merged)  # (D_g, C)
         loss = adjusted_cross_entropy(logits, targets, prior)
         num_group = sum(sizes)  # D_g
@@ -144,16 +150,16 @@ class OpenStep:
         if self._in_order:
             assert len(sizes) == 1 and own_priors is None, "in order, workers go in one by one"
             (gradient,) = torch.autograd.grad(loss, [merged], retain_graph=True)
-            gradients = [gradient]
+            gradients = [gradient if sizes == wholes else gradient * (num_group / wholes[0])]
         elif own_priors is None:
             part.backward()  # type: ignore[no-untyped-call]
-            gradients = self._slices(merged, sizes)
+            gradients = self._slices(merged, sizes, wholes)
         else:
             rows = torch.cat([own.expand(d, -1) for own, d in zip(own_priors, sizes, strict=True)])  # (D_g, C)
             own_part = adjusted_cross_entropy(logits, targets, rows) * (num_group / self._num_samples)
             part.backward(inputs=self._trained(), retain_graph=True)  # type: ignore[no-untyped-call]
             own_part.backward(inputs=[merged])  # type: ignore[no-untyped-call]
-            gradients = self._slices(merged, sizes)
+            gradients = self._slices(merged, sizes, wholes)
         self._num_fed += num_group
         self._losses.append((loss if self._in_order else loss.detach(), num_group))
         return gradients
@@ -182,11 +188,11 @@ class OpenStep:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._top.parameters() if parameter.requires_grad]
 
-    def _slices(self, merged: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    def _slices(self, merged: Tensor, sizes: Sequence[int], wholes: Sequence[int]) -> list[Tensor]:
         """(d_i, F...) each: the slices of d(part of L)/dZ times D / d_i, views of a new buffer."""
         assert merged.grad is not None
         slices = torch.split(merged.grad, list(sizes))
-        return [s.mul_(self._num_samples / d) for s, d in zip(slices, sizes, strict=True)]
+        return [s.mul_(self._num_samples / d) for s, d in zip(slices, wholes, strict=True)]
 
 
 def merged_step(

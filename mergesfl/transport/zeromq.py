@@ -29,8 +29,9 @@ from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
-# At the server, per peer. The protocol is lock-step: one message of a worker is under way, and a few pings while the
-# server evaluates. The rest of the pings waits on the worker's side, where a full queue drops them. [ours]
+# At the server, per peer. The protocol is lock-step: one message of a worker is under way, or the parts of one step (8
+# at most, mergesfl/parts.py), and a few pings while the server evaluates. The rest waits on the worker's side, where a
+# full queue drops pings. [ours]
 SERVER_UNREAD_MESSAGES = 8
 DRAIN_SECONDS = 0.2  # a server that closes waits so long for messages under way
 MAX_DRAINED_MESSAGES = 10_000
