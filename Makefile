@@ -14,7 +14,7 @@ JOBS ?= 0
 
 .PHONY: help demo test cover lint types layers check clean
 .PHONY: bench-planner bench-har bench-compare bench-paper bench-codecs bench-simulation bench-streaming bench-throttled
-.PHONY: bench-floor bench-transport bench-load
+.PHONY: bench-floor bench-transport bench-load bench-speed
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -64,6 +64,10 @@ bench-paper: $(BIN)/.ready  ## all data sets, levels and methods with the number
 bench-codecs: $(BIN)/.ready  ## accuracy with and without int8 features + fp16 gradients, and bytes: HAR, Fashion-MNIST, seeds 0-2
 	$(BIN)/python -m benchmarks.compare benchmarks/configs/codecs.toml --ours mergesfl@int8 \
 		--seeds "$(SEEDS)" --methods "$(METHODS)" --jobs $(JOBS) --data $(DATA) --out $(RUNS)/bench-codecs
+
+bench-speed: $(BIN)/.ready  ## time to accuracy of mergesfl+ with streaming, steps in parts and codecs against plain mergesfl
+	$(BIN)/python -m benchmarks.compare benchmarks/configs/codecs.toml --ours mergesfl+@fast \
+		--methods mergesfl,mergesfl+@fast --seeds "$(SEEDS)" --jobs $(JOBS) --data $(DATA) --out $(RUNS)/bench-speed
 
 bench-simulation: $(BIN)/.ready  ## what the simulation costs beside the computing itself, and 10,000 workers
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.simulation --dataset har:$(DATA)/uci-har/uci_har.npz --rounds 10
