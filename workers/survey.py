@@ -80,8 +80,8 @@ class SelfSurvey:
             if len(parts) == 1:
                 lent.close()
             compute_seconds = self._pause(begin_seconds, Stretch(num_full_samples=sizes[0]))
-            transfer_seconds, more_seconds = self._exchange(survey, module, parts)
-            compute_seconds += more_seconds
+            transfer_seconds, rest_seconds = self._exchange(survey, module, parts)
+            compute_seconds += rest_seconds
         return Report(
             survey.round_num,
             self._pace.compute_seconds(compute_seconds, survey.num_samples) / survey.num_samples,
