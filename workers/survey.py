@@ -95,6 +95,7 @@ class SelfSurvey:
             part_bytes(num_bytes, survey.num_probe_samples, survey.parts_per_step)
             for num_bytes in (survey.probe_bytes, survey.echo_bytes)
         )
+        payloads = [torch.zeros(num_bytes, dtype=torch.uint8).numpy() for num_bytes in probe_bytes]  # (n,) together
         timing = StepTiming(clock.now_seconds())
 
         def pause(begin_seconds: float, stretch: Stretch) -> None:
@@ -105,12 +106,11 @@ class SelfSurvey:
             compute_seconds += seconds
 
         roots: list[Tensor] = []
-        for part, num_bytes in enumerate(probe_bytes):
+        for part, payload in enumerate(payloads):
             if part:
                 begin_seconds = clock.now_seconds()
                 roots.append(_forward(module, *parts[part], survey.whole_network))
                 pause(begin_seconds, Stretch(num_forward_samples=len(parts[part][1])))
-            payload = torch.zeros(num_bytes, dtype=torch.uint8).numpy()  # (n,)
             timing.sent(clock.now_seconds())
             link.send(Probe(survey.round_num, payload, part))
         for part, num_bytes in enumerate(echo_bytes):
