@@ -80,8 +80,8 @@ class SelfSurvey:
             if len(parts) == 1:
                 lent.close()
             compute_seconds = self._pause(begin_seconds, Stretch(num_full_samples=sizes[0]))
-            transfer_seconds, more_seconds = self._exchange(survey, module, parts)
-            compute_seconds += more_seconds
+            transfer_seconds, rest_seconds = self._exchange(survey, module, parts)
+            compute_seconds += rest_seconds
         return Report(
             survey.round_num,
             self._pace.compute_seconds(compute_seconds, survey.num_samples) / survey.num_samples,
@@ -95,6 +95,7 @@ class SelfSurvey:
             part_bytes(num_bytes, survey.num_probe_samples, survey.parts_per_step)
             for num_bytes in (survey.probe_bytes, survey.echo_bytes)
         )
+        payloads = [torch.zeros(num_bytes, dtype=torch.uint8).numpy() for num_bytes in probe_bytes]  # (n,) together
         timing = StepTiming(clock.now_seconds())
 
         def pause(begin_seconds: float, stretch: Stretch) -> None:
@@ -105,12 +106,11 @@ class SelfSurvey:
             compute_seconds += seconds
 
         roots: list[Tensor] = []
-        for part, num_bytes in enumerate(probe_bytes):
+        for part, payload in enumerate(payloads):
             if part:
                 begin_seconds = clock.now_seconds()
                 roots.append(_forward(module, *parts[part], survey.whole_network))
                 pause(begin_seconds, Stretch(num_forward_samples=len(parts[part][1])))
-            payload = torch.zeros(num_bytes, dtype=torch.uint8).numpy()  # (n,)
             timing.sent(clock.now_seconds())
             link.send(Probe(survey.round_num, payload, part))
         for part, num_bytes in enumerate(echo_bytes):
