@@ -87,6 +87,7 @@ def serve_ours(address: str) -> None:
         message = None if arrived is None else arrived[1]
         if arrived is not None and isinstance(message, Features):
             switchboard.send(arrived[0], Gradient(ROUND_NUM, message.step, 0.0, message.features))
+            del arrived, message  # as the server, which has copied the features into its batch, lets them go
 
 
 class ZmqClient:
