@@ -70,7 +70,7 @@ bench-speed: $(BIN)/.ready  ## time to accuracy of mergesfl+ with streaming, ste
 		--methods mergesfl,mergesfl+@fast --seeds "$(SEEDS)" --jobs $(JOBS) --data $(DATA) --out $(RUNS)/bench-speed
 
 bench-simulation: $(BIN)/.ready  ## what the simulation costs beside the computing itself, and 10,000 workers
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.simulation --dataset har:$(DATA)/uci-har/uci_har.npz --rounds 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.simulation --dataset har:$(DATA)/uci-har/uci_har.npz --rounds 6 --repeats 9
 
 bench-streaming: $(BIN)/.ready  ## barrier against streaming merge: 80 simulated devices, then ten throttled processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.streaming --dataset har:$(DATA)/uci-har/uci_har.npz --out $(RUNS)/streaming
