@@ -259,6 +259,8 @@ def explain(error: ValidationError, source: str, root: type[BaseModel]) -> Confi
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key '{name}': {nearest(str(key), _legal_keys(root, section))}")
+        elif not item["loc"]:  # of several keys together: the message names them
+            lines.append(item["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"'{name}' = {item['input']!r}: {item['msg']}")
     return ConfigError(f"{source}:\n  " + "\n  ".join(lines))

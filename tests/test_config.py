@@ -409,6 +409,15 @@ def test_a_section_that_is_none_is_refused_under_a_preset_too() -> None:
         parse_config({"method": {"name": "mergesfl+"}, "control": 3})
 
 
+def test_what_is_wrong_with_several_keys_together_is_said_in_one_line_without_their_sections() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["training.parts_per_step=4", "name=x"])
+    assert str(caught.value) == (
+        "configuration:\n  training.parts_per_step = 4 is for a server that answers features as they arrive: set "
+        "training.merge = 'streaming' or 'streaming-in-order', or training.parts_per_step = 1"
+    )
+
+
 def test_every_section_is_documented() -> None:
     sections = [type(field.default) for field in RunConfig.model_fields.values() if isinstance(field.default, Section)]
     assert len(sections) == 9
