@@ -194,7 +194,12 @@ class OutputConfig(Section):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mergesfl+": {
         "method": {"model_averaging": 0.5, "top_momentum": 0.9},
-        "control": {"estimate_memory": 0.2, "idle_weight_nats": 0.05, "survey_every_rounds": 5},
+        "control": {
+            "estimate_memory": 0.2,
+            "idle_weight_nats": 0.05,
+            "reference": "data",
+            "survey_every_rounds": 5,
+        },
     }
 }
 PLUS_KEYS = ("top_momentum", "logit_adjustment", "proximal", "model_averaging")
