@@ -16,7 +16,7 @@ first, because all have the same deadline and whoever is answered goes to the en
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -87,18 +87,10 @@ class StreamingExchange(RoundExchange):
         self._ready = set()
         return self._step_features(arrivals, device)
 
-    def answer(
-        self,
-        step: int,
-        arrived: Sequence[StepFeatures],
-        gradients: Sequence[torch.Tensor],
-        received_seconds: Sequence[float],
-    ) -> None:
-        """Answers these workers with their gradients; each has the step deadline for its next message."""
-        for one, gradient, seconds in zip(arrived, gradients, received_seconds, strict=True):
-            self._answer(one, step, gradient, seconds)
-            self._expect(one.worker_id)
-        self._prune()
+    def _answer(self, one: StepFeatures, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
+        """From then on the worker has the step deadline for its next message."""
+        super()._answer(one, step, gradient, received_seconds)
+        self._expect(one.worker_id)
 
     def end_step(self) -> None:
         """Closes the step."""

@@ -75,6 +75,14 @@ def at(role: Role, script: list[tuple[str, Any]]) -> Session:
     return session
 
 
+def refused_at_both_ends(speaker: Role, script: list[tuple[str, Any]], message: Any, words: str) -> None:
+    other = Role.SERVER if speaker is Role.WORKER else Role.WORKER
+    with pytest.raises(LocalProtocolError, match=words):
+        at(speaker, script).send(message)
+    with pytest.raises(RemoteProtocolError, match=words):
+        at(other, script).receive(message)
+
+
 SCRIPTS: dict[str, list[tuple[str, Any]]] = {
     "new": [],
     "registering": TO_IDLE[:1],
@@ -216,10 +224,7 @@ WORKING_7 = [*TO_IDLE, (DOWN, assign(7, 2)), (UP, feat(7, 0)), (DOWN, grad(7, 0)
     ],
 )
 def test_the_worker_must_keep_count(script: list[tuple[str, Any]], message: Any, words: str) -> None:
-    with pytest.raises(LocalProtocolError, match=words):
-        at(Role.WORKER, script).send(message)
-    with pytest.raises(RemoteProtocolError, match=words):
-        at(Role.SERVER, script).receive(message)
+    refused_at_both_ends(Role.WORKER, script, message, words)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +242,7 @@ def test_the_worker_must_keep_count(script: list[tuple[str, Any]], message: Any,
     ],
 )
 def test_the_server_must_keep_count(script: list[tuple[str, Any]], message: Any, words: str) -> None:
-    with pytest.raises(LocalProtocolError, match=words):
-        at(Role.SERVER, script).send(message)
-    with pytest.raises(RemoteProtocolError, match=words):
-        at(Role.WORKER, script).receive(message)
+    refused_at_both_ends(Role.SERVER, script, message, words)
 
 
 # ------------------------------------------------------------------------------------------------- crossing on the wire
@@ -429,10 +431,7 @@ ONE_ANSWERED = [*ONE_OUT, (DOWN, grad_part(0, 0))]
     ],
 )  # fmt: skip
 def test_the_worker_must_keep_count_of_the_parts(script: list[tuple[str, Any]], message: Any, words: str) -> None:
-    with pytest.raises(LocalProtocolError, match=words):
-        at(Role.WORKER, script).send(message)
-    with pytest.raises(RemoteProtocolError, match=words):
-        at(Role.SERVER, script).receive(message)
+    refused_at_both_ends(Role.WORKER, script, message, words)
 
 
 @pytest.mark.parametrize(
@@ -447,10 +446,7 @@ def test_the_worker_must_keep_count_of_the_parts(script: list[tuple[str, Any]], 
     ],
 )
 def test_the_server_must_keep_count_of_the_parts(script: list[tuple[str, Any]], message: Any, words: str) -> None:
-    with pytest.raises(LocalProtocolError, match=words):
-        at(Role.SERVER, script).send(message)
-    with pytest.raises(RemoteProtocolError, match=words):
-        at(Role.WORKER, script).receive(message)
+    refused_at_both_ends(Role.SERVER, script, message, words)
 
 
 @pytest.mark.parametrize("num_seen", [0, 1, 2])

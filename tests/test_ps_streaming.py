@@ -113,13 +113,11 @@ def test_one_step_ahead_and_never_more(tmp_path: Path) -> None:
     assert journal_of(cluster.config)[0]["round_seconds"] == pytest.approx(9.0)
 
 
-@pytest.mark.parametrize("merge", [FAST, IN_ORDER])
-def test_it_trains_what_the_barrier_trains(tmp_path: Path, merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropout, whose masks differ; the features of a scripted worker do not depend on what it is told."""
-    monkeypatch.setattr(cnn_har, "DROPOUT", 0.0)
+def like_the_barrier(tmp_path: Path, *settings: str) -> tuple[ScriptedCluster, ScriptedCluster]:
+    """The same run at the barrier and with these settings and workers that differ, which must have trained the same."""
     calm = cluster_of(tmp_path, "name=calm")
     calm.run()
-    other = cluster_of(tmp_path, "name=other", merge)
+    other = cluster_of(tmp_path, "name=other", *settings)
     for index, worker in enumerate(other.workers):
         worker.script = every_step([0.3 * (3 - index), 0.2 * (1 + index)])
     other.run()
@@ -127,6 +125,15 @@ def test_it_trains_what_the_barrier_trains(tmp_path: Path, merge: str, monkeypat
         assert torch.allclose(checkpoint_of(other.config).tensors[name], tensor, rtol=0, atol=1e-5), name
     for line, again in zip(journal_of(calm.config), journal_of(other.config), strict=True):
         assert again["train_loss_nats"] == pytest.approx(line["train_loss_nats"], abs=1e-5)
+        assert again["samples_trained"] == line["samples_trained"]
+    return calm, other
+
+
+@pytest.mark.parametrize("merge", [FAST, IN_ORDER])
+def test_it_trains_what_the_barrier_trains(tmp_path: Path, merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout, whose masks differ; the features of a scripted worker do not depend on what it is told."""
+    monkeypatch.setattr(cnn_har, "DROPOUT", 0.0)
+    calm, other = like_the_barrier(tmp_path, merge)
     told = zip(calm[NAMES[1]].told(Gradient), other[NAMES[1]].told(Gradient), strict=True)
     assert all(np.allclose(one.gradient, again.gradient, rtol=0, atol=1e-5) for one, again in told)
 
@@ -421,17 +428,7 @@ def test_in_parts_it_trains_what_the_barrier_trains(
 ) -> None:
     """The features are the rows of the unsplit ones, so the gradients must be the rows of the unsplit ones, too."""
     monkeypatch.setattr(cnn_har, "DROPOUT", 0.0)
-    calm = cluster_of(tmp_path, "name=calm")
-    calm.run()
-    other = cluster_of(tmp_path, "name=other", merge, parts)
-    for index, worker in enumerate(other.workers):
-        worker.script = every_step([0.3 * (3 - index), 0.2 * (1 + index)])
-    other.run()
-    for name, tensor in checkpoint_of(calm.config).tensors.items():
-        assert torch.allclose(checkpoint_of(other.config).tensors[name], tensor, rtol=0, atol=1e-5), name
-    for line, again in zip(journal_of(calm.config), journal_of(other.config), strict=True):
-        assert again["train_loss_nats"] == pytest.approx(line["train_loss_nats"], abs=1e-5)
-        assert again["samples_trained"] == line["samples_trained"]
+    calm, other = like_the_barrier(tmp_path, merge, parts)
     whole = np.concatenate([one.gradient for one in calm[NAMES[1]].told(Gradient)])
     split = np.concatenate([one.gradient for one in other[NAMES[1]].told(Gradient)])
     assert np.allclose(whole, split, rtol=0, atol=1e-5) and np.abs(whole).max() > 1e-3

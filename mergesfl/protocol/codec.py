@@ -51,7 +51,7 @@ from mergesfl.protocol.messages import (
     Update,
     Welcome,
 )
-from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS, IllegalValue, name, shown
+from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS, IllegalValue, Rule, name, shown
 
 Frame = bytes | bytearray | memoryview
 
@@ -136,30 +136,25 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
 
 
 def _encode(kind: str, message: Message, limits: Limits) -> list[Frame]:
-    values: list[object] = []
-    for field, rule in _PLAIN_FIELDS[kind]:
-        try:
-            values.append(rule(getattr(message, field), limits))
-        except IllegalValue as error:
-            raise IllegalValue(f"{field} is {error}") from None
+    values = [_ruled(field, rule, getattr(message, field), limits) for field, rule in _PLAIN_FIELDS[kind]]
     specs: list[_Spec] = []
     frames: list[Frame] = [b""]
+
+    def add(field: str, key: str, value: object) -> None:
+        array = checked(f"{field} {key}" if key else field, value, limits)
+        frame, channels_last = lent(array)
+        frames.append(frame)
+        specs.append((field, key, dtype_name(array.dtype), array.shape, channels_last))
+
     for field in _TENSOR_FIELDS[kind]:
         value = getattr(message, field)
         if field in ARRAY_FIELDS:
-            array = checked(field, value, limits)
-            frame, channels_last = lent(array)
-            frames.append(frame)
-            specs.append((field, "", dtype_name(array.dtype), array.shape, channels_last))
-            continue
-        if not isinstance(value, Mapping):
+            add(field, "", value)
+        elif not isinstance(value, Mapping):
             raise IllegalValue(f"{field} is {shown(value)}, expected a mapping")
-        for key, item in value.items():
-            _named(f"name in {field}", key, limits)
-            array = checked(f"{field} {key}", item, limits)
-            frame, channels_last = lent(array)
-            frames.append(frame)
-            specs.append((field, key, dtype_name(array.dtype), array.shape, channels_last))
+        else:
+            for key, item in value.items():
+                add(field, _named(f"name in {field}", key, limits), item)
     _check_whole(message)
     packed = _kept_packed(tuple(specs)) if len(specs) <= MAX_KEPT_TENSORS else _packed(specs)
     frames[0] = msgpack.packb([PROTOCOL_VERSION, kind, values, packed], use_bin_type=True)
@@ -182,12 +177,9 @@ def _decode(frames: list[memoryview], limits: Limits) -> Message:
     if len(values) != len(expected):
         names = ", ".join(name for name, _ in expected)
         raise IllegalValue(f"{kind} with {len(values)} values; expected {len(expected)}: {names}")
-    content: dict[str, Any] = {}
-    for (field, rule), value in zip(expected, values, strict=True):
-        try:
-            content[field] = rule(value, limits)
-        except IllegalValue as error:
-            raise IllegalValue(f"{field} is {error}") from None
+    content: dict[str, Any] = {
+        field: _ruled(field, rule, value, limits) for (field, rule), value in zip(expected, values, strict=True)
+    }
     is_kept = limits is DEFAULT and len(packed) <= MAX_KEPT_BYTES
     specs = _kept_announced(kind, packed) if is_kept else _announced(kind, packed, limits)
     if len(specs) != len(frames) - 1:
@@ -272,6 +264,13 @@ def _distinct(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(entries) != len(items):
         raise ValueError("a key occurs twice")
     return entries
+
+
+def _ruled(field: str, rule: Rule, value: object, limits: Limits) -> object:
+    try:
+        return rule(value, limits)
+    except IllegalValue as error:
+        raise IllegalValue(f"{field} is {error}") from None
 
 
 def _named(what: str, value: object, limits: Limits) -> str:
