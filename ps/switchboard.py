@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mergesfl.errors import MergeSFLError, RemoteProtocolError, TransportError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.limits import DEFAULT, clipped
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
@@ -33,7 +34,7 @@ from mergesfl.protocol.session import Arrival, Role, Session
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.patience import REAL, Patience
 from mergesfl.runtime.process import EXIT_INTERRUPTED
-from mergesfl.transport.base import Frame, ServerEndpoint
+from mergesfl.transport.base import ServerEndpoint
 from ps.fleet import Fleet, Member
 
 MAX_SETTLED_MESSAGES = 10_000  # between two rounds; 1,000 workers that ping every second for 10 s [ours]

@@ -26,6 +26,7 @@ from mergesfl.errors import RemoteProtocolError
 from mergesfl.parts import part_bytes, part_sizes
 from mergesfl.protocol.codec import decode, encode, wire_bytes
 from mergesfl.protocol.coding import PLAIN, RunCodecs
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
     Assign,
@@ -176,7 +177,7 @@ class LoggedEndpoint:
         self._inner.send(peer, frames)
         self._note("out", peer, frames)
 
-    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
         arrived = self._inner.recv(timeout_seconds)
         if arrived is not None:
             self._note("in", *arrived)
@@ -388,7 +389,7 @@ class _Driven:
     def send(self, peer: bytes, frames: Frames) -> None:
         self._server.send(peer, frames)
 
-    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
         clock = self._cluster.clock
         end_seconds = clock.seconds + timeout_seconds
         while True:

@@ -18,7 +18,7 @@ from mergesfl.protocol import messages as m
 from mergesfl.protocol.arrays import DTYPES
 from mergesfl.protocol.codec import KINDS, decode, encode, wire_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits, clipped
-from mergesfl.protocol.rules import ARRAY_FIELDS, RULES, STATE_FIELDS, check_worker_id
+from mergesfl.protocol.rules import ARRAY_FIELDS, BOUNDS, RULES, STATE_FIELDS, IllegalValue, Rule, check_worker_id
 
 # ----------------------------------------------------------------------------------------------------------- examples
 
@@ -101,6 +101,20 @@ def test_tables_are_complete() -> None:
     assert not set(RULES) & (ARRAY_FIELDS | STATE_FIELDS)
 
 
+@pytest.mark.parametrize("rule", BOUNDS, ids=lambda rule: rule.__name__)
+def test_bounds_say_what_their_rule_says(rule: Rule) -> None:
+    kind, low, high = BOUNDS[rule]
+    odd = [True, False, None, "1", float("nan"), float("inf"), -float("inf"), -0.0, 0, 0.0, 1, 1.0, 2**70, np.int64(1)]
+    for value in [*odd, low, high, low - 1, high + 1, float(low), float(high), low - 0.5, high + 0.5]:
+        within = type(value) is kind and low <= value <= high
+        try:
+            legal = rule(value, DEFAULT)
+        except IllegalValue:
+            assert not within
+        else:
+            assert type(legal) is kind and (legal is value or not within)
+
+
 # --------------------------------------------------------------------------------------------------------- golden bytes
 
 
@@ -108,15 +122,29 @@ def test_golden_bytes() -> None:
     # The header by hand, after the msgpack specification: 9n array of n, an str of n, cb float64, c2 false, c4 n bytes.
     # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
     header = (
-        b"\x94\x03\xa8gradient"
+        b"\x95\x04\xa8gradient"
         b"\x94\x03\x02\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00\x00"
-        b"\xc4\x18\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x02\xc2"
+        b"\xc4\x18\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x03\xc2"
+        b"\xc4\x10\x00\x00\x80\x3f\x00\x00\x00\xc0\x00\x00\x80\x3f\x00\x00\x00\x00"  # 12 bytes and 4 of padding
     )
-    tensor = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
-    message = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0]], dtype=np.float32))
+    message = m.Gradient(3, 2, 0.5, np.array([[1.0, -2.0, 1.0]], dtype=np.float32))
+    assert [bytes(frame) for frame in encode(message)] == [header]
+    assert same(decode([header]), message)
+    assert wire_bytes(encode(message)) == len(header)
+
+
+def test_golden_bytes_of_a_large_tensor() -> None:
+    """It has a frame of its own; labels behind it travel in the header."""
+    header = (
+        b"\x95\x04\xa8features\x93\x03\x02\x00"
+        b"\xc4\x2a\x92\x95\xa8features\xa0\xa5uint8\x92\x01\xcd\x40\x01\xc2\x95\xa6labels\xa0\xa5int64\x91\x01\xc2"
+        b"\xc4\x08\x07\x00\x00\x00\x00\x00\x00\x00"
+    )
+    tensor = bytes(range(256)) * 64 + b"\x09"  # 16,385 bytes: 0x4001
+    message = m.Features(3, 2, np.frombuffer(tensor, np.uint8).reshape(1, -1), np.array([7], dtype=np.int64))
     assert [bytes(frame) for frame in encode(message)] == [header, tensor]
     assert same(decode([header, tensor]), message)
-    assert wire_bytes(encode(message)) == len(header) + 8
+    assert wire_bytes(encode(message)) == len(header) + 16_385
 
 
 def test_a_big_endian_array_has_the_same_bytes() -> None:
@@ -227,7 +255,13 @@ json_like = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.one_of(json_like, st.tuples(st.just(m.PROTOCOL_VERSION), st.sampled_from(sorted(KINDS)), json_like, json_like)),
+    st.one_of(
+        json_like,
+        st.tuples(
+            *(st.just(m.PROTOCOL_VERSION), st.sampled_from(sorted(KINDS)), json_like),
+            *(st.binary(max_size=9) | json_like.map(msgpack.packb), st.binary(max_size=9)),
+        ),
+    ),
     st.binary(max_size=9),
 )
 def test_random_msgpack_is_refused_or_a_message(header: object, tensor: bytes) -> None:
@@ -243,7 +277,7 @@ def test_random_msgpack_is_refused_or_a_message(header: object, tensor: bytes) -
 
 
 def test_encode_lends_and_decode_views() -> None:
-    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    array = np.arange(6_000, dtype=np.float32).reshape(2, 3_000)
     frames = encode(m.Gradient(0, 0, 0.0, array))
     assert np.shares_memory(np.frombuffer(frames[1], dtype=np.float32), array)
     decoded = decode(frames)
@@ -263,23 +297,54 @@ def test_non_contiguous_arrays_arrive_as_they_look(make: Any) -> None:
 
 
 def test_channels_last_are_lent_and_viewed_as_they_lie() -> None:
-    array = np.arange(2 * 4 * 5 * 3, dtype=np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)  # (2, 3, 4, 5)
+    array = np.arange(2 * 40 * 50 * 3, dtype=np.float32).reshape(2, 40, 50, 3).transpose(0, 3, 1, 2)  # (2, 3, 40, 50)
     frames = encode(m.Gradient(0, 0, 0.0, array))
-    assert np.array_equal(np.frombuffer(frames[1], dtype=np.float32), np.arange(120))  # in the order of the memory
+    assert np.array_equal(np.frombuffer(frames[1], dtype=np.float32), np.arange(12_000))  # in the order of the memory
     decoded = decode(frames)
     assert isinstance(decoded, m.Gradient)
     assert np.array_equal(decoded.gradient, array) and decoded.gradient.strides == array.strides
     assert np.shares_memory(decoded.gradient, array) and not decoded.gradient.flags.writeable
 
 
+def test_small_channels_last_arrive_as_they_lie() -> None:
+    array = np.arange(2 * 4 * 5 * 3, dtype=np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)  # (2, 3, 4, 5)
+    decoded = decode(encode(m.Gradient(0, 0, 0.0, array)))
+    assert isinstance(decoded, m.Gradient)
+    assert np.array_equal(decoded.gradient, array) and decoded.gradient.strides == array.strides
+    assert not decoded.gradient.flags.writeable
+
+
+def test_tensors_travel_in_the_header_until_it_is_full() -> None:
+    """16 KiB of them, each padded to a multiple of 8 bytes: 8,001 -> 8,008, then 8,376 are left."""
+    state = {
+        "a": np.full(8_001, 1, dtype=np.int8),
+        "too large": np.full(8_377, 2, dtype=np.int8),
+        "b": np.full(8_369, 3, dtype=np.int8),  # padded to 8,376
+        "no room": np.full(1, 4, dtype=np.int8),
+        "empty": np.zeros(0, dtype=np.float64),
+        "bits": np.array(True),
+    }
+    frames = encode(m.Update(0, 0, 0.0, 0.0, state))
+    assert [memoryview(frame).nbytes for frame in frames[1:]] == [8_377, 1, 1]
+    small = msgpack.unpackb(frames[0])[4]
+    assert small == b"\1" * 8_001 + bytes(7) + b"\3" * 8_369 + bytes(7)
+    decoded = decode(frames)
+    assert same(decoded, m.Update(0, 0, 0.0, 0.0, state))
+    assert isinstance(decoded, m.Update)
+    assert all(array.flags.aligned and not array.flags.writeable for array in decoded.state.values())
+
+
 def test_what_is_kept_of_the_specs_is_checked_for_every_kind_and_frame() -> None:
     """The same specs again: with other frames, of another kind, under other limits."""
     for _ in range(2):
         assert same(decode(gradient()), m.Gradient(0, 0, 0.0, np.zeros(1, dtype=np.float32)))
-        with pytest.raises(RemoteProtocolError, match="needs 4 bytes, its frame has 5"):
-            decode([gradient()[0], b"12345"])
+        assert same(decode(large()), m.Gradient(0, 0, 0.0, np.zeros(20_000, dtype=np.uint8)))
+        with pytest.raises(RemoteProtocolError, match="8 bytes of small tensors, has 5"):
+            decode([header(m.PROTOCOL_VERSION, "gradient", GRADIENT_VALUES, [SPEC], small=b"12345")])
+        with pytest.raises(RemoteProtocolError, match="needs 20000 bytes, its frame has 5"):
+            decode([large()[0], b"12345"])
         with pytest.raises(RemoteProtocolError, match="unknown or repeated tensor 'gradient'"):
-            decode([header(m.PROTOCOL_VERSION, "features", [0, 0, 0], [SPEC]), b"1234"])
+            decode([header(m.PROTOCOL_VERSION, "features", [0, 0, 0], [SPEC])])
         with pytest.raises(RemoteProtocolError, match="1 entries, the limit is 0"):
             decode(gradient(), Limits(max_tensor_rank=0))
 
@@ -292,12 +357,13 @@ def test_one_channel_is_c_order() -> None:
 
 
 def test_a_frame_at_an_odd_address_gives_an_aligned_array() -> None:
-    header, tensor = encode(m.Gradient(0, 0, 0.0, np.array([1.5, 2.5])))
+    array = np.arange(3_000, dtype=np.float64)
+    header, tensor = encode(m.Gradient(0, 0, 0.0, array))
     odd = memoryview(bytearray(b"?" + bytes(tensor)))[1:]
     decoded = decode([header, odd])
     assert isinstance(decoded, m.Gradient)
     assert decoded.gradient.flags.aligned and not decoded.gradient.flags.writeable
-    assert decoded.gradient.tolist() == [1.5, 2.5]
+    assert np.array_equal(decoded.gradient, array)
 
 
 # ------------------------------------------------------------------------ refused: local
@@ -368,15 +434,17 @@ def test_encode_refuses(message: Any, words: str) -> None:
 
 
 def test_encode_refuses_more_than_the_limits() -> None:
-    small = Limits(max_message_bytes=300, max_header_bytes=200, max_tensors=2)
-    array = np.zeros(20, dtype=np.float64)  # 160 bytes: one fits, two do not
+    small = Limits(max_message_bytes=30_000, max_header_bytes=200, max_tensors=2)
+    array = np.zeros(2_500, dtype=np.float64)  # 20,000 bytes: one fits, two do not
     encode(m.Update(0, 0, 0.0, 0.0, {"a": array}), small)
-    with pytest.raises(LocalProtocolError, match=r"message of .* bytes, the limit is 300"):
+    with pytest.raises(LocalProtocolError, match=r"message of .* bytes, the limit is 30000"):
         encode(m.Update(0, 0, 0.0, 0.0, {"a": array, "b": array}), small)
-    with pytest.raises(LocalProtocolError, match=r"tensor float64 \[38\] exceeds 300 bytes"):  # 38 * 8 = 304
-        encode(m.Gradient(0, 0, 0.0, np.zeros(38)), small)
-    with pytest.raises(LocalProtocolError, match="4 frames, expected 1 to 3"):
-        encode(m.Update(0, 0, 0.0, 0.0, {"a": array[:1], "b": array[:1], "c": array[:1]}), small)
+    with pytest.raises(LocalProtocolError, match=r"tensor float64 \[3751\] exceeds 30000 bytes"):  # 3751 * 8 = 30008
+        encode(m.Gradient(0, 0, 0.0, np.zeros(3_751)), small)
+    with pytest.raises(LocalProtocolError, match="4 tensors, the limit is 2"):
+        encode(m.Update(0, 0, 0.0, 0.0, dict.fromkeys("abcd", array[:1])), small)
+    with pytest.raises(LocalProtocolError, match=r"header of .* bytes, the limit is 200"):
+        encode(m.Gradient(0, 0, 0.0, np.zeros(25)), small)
     with pytest.raises(LocalProtocolError, match=r"header of .* bytes, the limit is 200"):
         encode(m.Refuse("x" * 200), small)
 
@@ -395,7 +463,7 @@ def test_an_id_that_something_might_interpret_is_refused_at_both_ends(worker_id:
     values = {field.name: getattr(EXAMPLES[0], field.name) for field in dataclasses.fields(EXAMPLES[0])}
     values["worker_id"] = worker_id
     with pytest.raises(RemoteProtocolError, match="worker_id is "):
-        decode([msgpack.packb([m.PROTOCOL_VERSION, "register", list(values.values()), msgpack.packb([])])])
+        decode([header(m.PROTOCOL_VERSION, "register", list(values.values()), [])])
     with pytest.raises(ConfigError, match="choose another --id"):
         check_worker_id(worker_id)
 
@@ -419,14 +487,24 @@ GRADIENT_VALUES = (0, 0, 0.0, 0)  # round_num, step, held_seconds, part
 SPEC = ["gradient", "", "float32", [1], False]
 
 
-def header(*parts: object) -> bytes:
-    """With the specs, if there are any, packed as they are in a header."""
-    packed: bytes = msgpack.packb([*parts[:3], *(msgpack.packb(specs) for specs in parts[3:])])
+def header(*parts: object, small: bytes = b"") -> bytes:
+    """With the specs, if there are any, packed as they are in a header, and the small tensors behind them."""
+    packed: bytes = msgpack.packb(
+        [*parts[:3], *(msgpack.packb(specs) for specs in parts[3:]), *[small] * (len(parts) > 3)]
+    )
     return packed
 
 
-def gradient(specs: object = (SPEC,), step: object = 0, held: object = 0.0, part: object = 0) -> list[bytes]:
-    return [header(m.PROTOCOL_VERSION, "gradient", [0, step, held, part], specs), b"\0\0\0\0"]
+def gradient(
+    specs: object = (SPEC,), step: object = 0, held: object = 0.0, part: object = 0, small: bytes = bytes(8)
+) -> list[bytes]:
+    return [header(m.PROTOCOL_VERSION, "gradient", [0, step, held, part], specs, small=small)]
+
+
+def large(num_bytes: int = 20_000) -> list[bytes]:
+    """A gradient that has a frame."""
+    spec = ["gradient", "", "uint8", [20_000], False]
+    return [header(m.PROTOCOL_VERSION, "gradient", GRADIENT_VALUES, [spec]), bytes(num_bytes)]
 
 
 def test_the_untouched_gradient_is_legal() -> None:
@@ -444,21 +522,23 @@ def test_the_untouched_gradient_is_legal() -> None:
         ([b"\x91" * 5000 + b"\x01"], "no msgpack"),  # 5,000 lists inside each other
         ([b"\xdd\xff\xff\xff\xff"], "no msgpack"),  # announces 4 Gi elements
         ([b"\xdb\xff\xff\xff\xff"], "no msgpack"),  # announces a string of 4 GiB
-        ([b"\x94\x03\xa4ping\x90\xd4\x00\x00"], "no msgpack"),  # an extension type
-        ([b"\x94\x03\xa4ping\x91\x81\x00\x00\x90"], "no msgpack"),  # an integer as key
-        ([b"\x94\x03\xa4ping\x91\x82\xa1a\x00\xa1a\x00\x90"], "occurs twice"),
-        ([b"\x94\x03\xa4p\xffng\x90\x90"], "no msgpack"),  # not UTF-8
+        ([b"\x95\x04\xa4ping\x90\xd4\x00\x00\x90"], "no msgpack"),  # an extension type
+        ([b"\x95\x04\xa4ping\x91\x81\x00\x00\x90\x90"], "no msgpack"),  # an integer as key
+        ([b"\x95\x04\xa4ping\x91\x82\xa1a\x00\xa1a\x00\x90\x90"], "occurs twice"),
+        ([b"\x95\x04\xa4p\xffng\x90\x90\x90"], "no msgpack"),  # not UTF-8
         ([header()], r"not \[version"),
         ([msgpack.packb({"version": 1})], r"not \[version"),
         ([header(True, "ping", [], [])], r"not \[version"),
         ([header("1", "ping", [], [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", {}, [])], r"not \[version"),
-        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], []])], r"not \[version"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], [], b""])], r"not \[version"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"\x90", []])], r"not \[version"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"\x90"])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", [], {})], "specs are no list"),
-        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b""])], "specs of 0 bytes is no msgpack"),
-        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"\x90\x90"])], "specs of 2 bytes is no msgpack"),
-        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 3"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"", b""])], "specs of 0 bytes is no msgpack"),
+        ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"\x90\x90", b""])], "specs of 2 bytes is no msgpack"),
+        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 4"),
         ([header(m.PROTOCOL_VERSION, "pong!", [], [])], "unknown kind of message 'pong!'"),
         ([header(m.PROTOCOL_VERSION, ["ping"], [], [])], "unknown kind of message a value of type list"),
         ([header(m.PROTOCOL_VERSION, "ping", [1], [])], "ping with 1 values; expected 0"),
@@ -472,7 +552,18 @@ def test_the_untouched_gradient_is_legal() -> None:
         (gradient(held=float("inf")), "held_seconds is inf"),
         (gradient(held=False), "held_seconds is False, expected a float"),
         (gradient(held=1e300), r"held_seconds is 1e\+300"),
-        ([header(m.PROTOCOL_VERSION, "ping", [], []), b""], "announces 0 tensors and brings 1 frames"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], []), b""], "announces 0 frames of tensors and brings 1"),
+        ([*gradient(), b""], "announces 0 frames of tensors and brings 1"),
+        (large()[:1], "announces 1 frames of tensors and brings 0"),
+        ([*large(), b""], "announces 1 frames of tensors and brings 2"),
+        (large(19_999), r"tensor uint8 \[20000\] needs 20000 bytes, its frame has 19999"),
+        (gradient(small=bytes(7)), "announces 8 bytes of small tensors, has 7"),
+        (gradient(small=bytes(16)), "announces 8 bytes of small tensors, has 16"),
+        ([header(m.PROTOCOL_VERSION, "ping", [], [], small=b"?")], "announces 0 bytes of small tensors, has 1"),
+        (
+            gradient(specs=[["parts", str(i), "bool", [0], False] for i in range(4097)]),
+            "4097 tensors, the limit is 4096",
+        ),
         (gradient(specs=[5]), "5 as a tensor spec"),
         (gradient(specs=[SPEC[:4]]), "as a tensor spec"),
         (gradient(specs=[[*SPEC[:4], 1]]), "channels last 1, expected a bool"),
@@ -484,17 +575,17 @@ def test_the_untouched_gradient_is_legal() -> None:
         (gradient(specs=[["step", "", "float32", [1], False]]), "unknown or repeated tensor 'step'"),
         (gradient(specs=[["gradient", "", "object", [1], False]]), "tensor of type 'object'"),
         (gradient(specs=[["gradient", "", ["float32"], [1], False]]), "tensor of type a value of type list"),
-        (gradient(specs=[["gradient", "", "float32", [2], False]]), "needs 8 bytes, its frame has 4"),
-        (gradient(specs=[["gradient", "", "float32", [0], False]]), "needs 0 bytes, its frame has 4"),
+        (gradient(specs=[["gradient", "", "float32", [3], False]]), "announces 16 bytes of small tensors, has 8"),
+        (gradient(specs=[["gradient", "", "float32", [0], False]]), "announces 0 bytes of small tensors, has 8"),
         (gradient(specs=[["gradient", "", "float32", [-1], False]]), "-1, expected 0 to"),
         (gradient(specs=[["gradient", "", "float32", 1, False]]), "expected a sequence"),
         (gradient(specs=[["gradient", "", "float32", [1] * 9, False]]), "9 entries, the limit is 8"),
         # 2**16 ** 4 = 2**64 elements: 0 bytes in 64-bit arithmetic that overflows
         (gradient(specs=[["gradient", "", "uint8", [2**16] * 4, False]]), "exceeds 603979776 bytes"),
         # no elements, but numpy multiplies the other dimensions and would raise its own error
-        ([gradient(specs=[["gradient", "", "uint8", [0] + [2**29] * 7, False]])[0], b""], "exceeds 603979776 bytes"),
-        ([gradient(specs=[["gradient", "", "bool", [2], False]])[0], b"\x01\x02"], "neither 0 nor 1"),
-        ([*gradient(specs=[SPEC, SPEC]), b"\0\0\0\0"], "repeated tensor 'gradient'"),
+        (gradient(specs=[["gradient", "", "uint8", [0] + [2**29] * 7, False]]), "exceeds 603979776 bytes"),
+        (gradient(specs=[["gradient", "", "bool", [2], False]], small=b"\1\2" + bytes(6)), "neither 0 nor 1"),
+        (gradient(specs=[SPEC, SPEC]), "repeated tensor 'gradient'"),
         ([header(m.PROTOCOL_VERSION, "gradient", GRADIENT_VALUES, [])], r"without the tensor \['gradient'\]"),
         (
             [
@@ -503,9 +594,8 @@ def test_the_untouched_gradient_is_legal() -> None:
                     "update",
                     [0, 0, 0.0, 0.0, {}],
                     [["state", "w", "int8", [1], False], ["state", "w", "int8", [1], False]],
-                ),
-                b"\0",
-                b"\0",
+                    small=bytes(16),
+                )
             ],
             "repeated tensor 'state' 'w'",
         ),
@@ -516,9 +606,8 @@ def test_the_untouched_gradient_is_legal() -> None:
                     "features",
                     [0, 0, 0],
                     [["features", "", "int8", [2, 1], False], ["labels", "", "int64", [1], False]],
-                ),
-                b"\0\0",
-                b"\0" * 8,
+                    small=bytes(16),
+                )
             ],
             r"features \(2, 1\) with labels int64 \(1,\)",
         ),

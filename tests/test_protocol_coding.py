@@ -63,7 +63,7 @@ def test_features_and_gradients_come_back_as_their_codec_leaves_them(name: str) 
 def test_without_a_codec_the_memory_itself_is_sent_and_nothing_besides() -> None:
     sent = PLAIN.encode_features(features(), "a")
     assert sent.features is X and sent.parts == {}
-    assert len(encode(sent)) == 3  # header, features, labels
+    assert len(encode(sent)) == 1  # the header, in which both are
     assert PLAIN.decode_features(sent, SHAPE).features is X
     plain, parts = PLAIN.encode_assigned(STATE, "a", 100)
     assert all(plain[name] is array for name, array in STATE.items()) and not parts

@@ -14,10 +14,11 @@ import pytest
 
 from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
 from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import Features, Ping, Pong
 from mergesfl.transport import LinkSettings, MemoryHub, ServerEndpoint, WorkerEndpoint, bind, connect
-from mergesfl.transport.base import LEND_BYTES, Frame
+from mergesfl.transport.base import LEND_BYTES
 
 PATIENCE_SECONDS = 20.0  # only a broken transport ever waits for so long
 SETTINGS = LinkSettings(linger_seconds=1.0, max_queued_messages=8, reconnect_seconds=0.02, max_reconnect_seconds=0.1)

@@ -9,6 +9,7 @@ import pytest
 
 from mergesfl.errors import LocalProtocolError
 from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import (
     Assign,
     Features,
@@ -59,7 +60,7 @@ class ScriptedEndpoint:
         self.sent.append(decode(frames))
         return True
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         if not self.inbox:
             self.clock.seconds += timeout_seconds
             return None

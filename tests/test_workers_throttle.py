@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import Assign, Features, Message, Ready, Release
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.emulation import SMALL_MESSAGE_BYTES, EmulatedDevice
@@ -34,7 +35,7 @@ class Wire:
             self.sent.append((self._clock.seconds, frames))
         return self.is_connected
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         assert timeout_seconds >= 0
         end_seconds = self._clock.seconds + timeout_seconds
         if self.arrivals and self.arrivals[0][0] <= end_seconds:
@@ -64,7 +65,7 @@ class Bench:
             assert self.endpoint.recv(0.2) is None
         return self.clock.seconds - begin_seconds
 
-    def download(self) -> tuple[list[memoryview], float]:
+    def download(self) -> tuple[list[Frame], float]:
         """Receives as a Link does: the message and how long it took."""
         begin_seconds = self.clock.seconds
         while True:

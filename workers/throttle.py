@@ -13,6 +13,7 @@ is heard, but while it computes nothing moves. So less overlaps here than on a r
 from __future__ import annotations
 
 from mergesfl.protocol.codec import wire_bytes
+from mergesfl.protocol.layout import Frame
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.emulation import SMALL_MESSAGE_BYTES, EmulatedDevice
 from mergesfl.transport.base import Frames, WorkerEndpoint
@@ -33,7 +34,7 @@ class ThrottledEndpoint:
         self._device = device
         self._uploading: Frames | None = None
         self._sent_seconds = 0.0  # when the upload ends
-        self._downloading: list[memoryview] | None = None
+        self._downloading: list[Frame] | None = None
         self._arrived_seconds = 0.0  # when the download ends
 
     def send(self, frames: Frames) -> bool:
@@ -55,7 +56,7 @@ class ThrottledEndpoint:
         self._uploading = None
         return True
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         """The next message; None when the time is over (0: only look), or an upload is through and wants `send`."""
         now_seconds = self._clock.now_seconds()
         end_seconds = now_seconds + timeout_seconds

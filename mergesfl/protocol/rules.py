@@ -35,11 +35,11 @@ def shown(value: object) -> str:
 
 
 def _whole(value: object, low: int, high: int) -> int:
+    if type(value) is int and low <= value <= high:
+        return value
     if type(value) is not int:
         raise IllegalValue(f"{shown(value)}, expected an int")
-    if not low <= value <= high:
-        raise IllegalValue(f"{shown(value)}, expected {low} to {high}")
-    return value
+    raise IllegalValue(f"{shown(value)}, expected {low} to {high}")
 
 
 def _string(value: object, max_length: int) -> str:
@@ -137,6 +137,14 @@ def name(value: object, limits: Limits) -> str:
     if not string or not string.isprintable():
         raise IllegalValue(f"{shown(string)}, expected printable characters, at least one")
     return string
+
+
+def checked_name(what: str, value: object, limits: Limits) -> str:
+    """A name; IllegalValue says of what."""
+    try:
+        return name(value, limits)
+    except IllegalValue as error:
+        raise IllegalValue(f"{what} is {error}") from None
 
 
 def worker_id(value: object, limits: Limits) -> str:
@@ -246,6 +254,16 @@ RULES: Mapping[str, Rule] = {
     "weight_codec": name,
     "whole_network": flag,
     "worker_id": worker_id,
+}
+
+# Of the rules that are a type and an interval under the default limits: what lies within is legal as it is.
+BOUNDS: Mapping[Rule, tuple[type, float, float]] = {
+    count: (int, 0, DEFAULT.max_count),
+    seed: (int, 0, DEFAULT.max_int),
+    divisor_count: (int, 1, DEFAULT.max_count),
+    part: (int, 0, MAX_PARTS_PER_STEP - 1),
+    parts_per_step: (int, 1, MAX_PARTS_PER_STEP),
+    seconds: (float, 0.0, DEFAULT.max_seconds),
 }
 
 ARRAY_FIELDS = frozenset({"features", "labels", "gradient", "payload"})  # one tensor each

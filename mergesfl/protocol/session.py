@@ -145,7 +145,8 @@ _OTHER: Mapping[Role, Role] = {Role.WORKER: Role.SERVER, Role.SERVER: Role.WORKE
 # every message is asked for them several times, and to ask a union takes ten times as long.
 _BEGIN = (Assign, Survey)
 _FROM_WORKER = (Features, Update, Probe, Report)
-_OF_A_ROUND = (*_FROM_WORKER, Gradient, Echo, Release)
+_OF_A_ROUND = (Features, Gradient, Update, Probe, Echo, Report, Release)
+_OfARound = Features | Gradient | Update | Probe | Echo | Report | Release
 _OF_A_STEP = (Features, Gradient)
 _ASKS, _ANSWERS = (Features, Probe), (Gradient, Echo)
 _LATE_FROM_SERVER = (Gradient, Echo, Release)
@@ -156,6 +157,7 @@ class Session:
 
     def __init__(self, role: Role) -> None:
         self.role = role
+        self._other = _OTHER[role]
         self.state = State.NEW
         self._round_num = -1  # of the last assignment or survey
         self._num_exchanges = 0  # of the last assignment; 0 in a survey
@@ -187,10 +189,9 @@ class Session:
         Raises:
             LocalProtocolError: it is not legal now; do not send it. The state is unchanged.
         """
-        objection = self._objection(self.role, message)
+        objection = self._take(self.role, message)
         if objection:
             raise LocalProtocolError(objection)
-        self._advance(self.role, message)
         self._closed_here = self.state is State.CLOSED
 
     def receive(self, message: Message) -> Arrival:
@@ -202,66 +203,83 @@ class Session:
         Raises:
             RemoteProtocolError: the other end may not say this now. The state is unchanged.
         """
-        speaker = _OTHER[self.role]
-        if self._is_stale(message):
+        objection = self._take(self._other, message)
+        if not objection:
+            return Arrival.FRESH
+        if self._is_stale(message):  # what is stale is never legal: its round is over
             return Arrival.STALE
-        objection = self._objection(speaker, message)
-        if objection:
-            raise RemoteProtocolError(objection)
-        self._advance(speaker, message)
-        return Arrival.FRESH
+        raise RemoteProtocolError(objection)
 
-    def _objection(self, speaker: Role, message: Message) -> str:
-        """Why the speaker may not say this now; empty if it may."""
+    def _take(self, speaker: Role, message: Message) -> str:
+        """Moves along the table if the speaker may say this now; else says why it may not."""
         legal = _SPOKEN_BY[speaker][self.state]
-        kind = type(message).__name__
-        if type(message) not in legal:
+        following = legal.get(type(message))
+        if following is None:
             words = ", ".join(record.__name__ for record in legal) or "nothing: begin a new session"
+            kind = type(message).__name__
             return f"{self._where()}, the {speaker.value} cannot say {kind}; legal: {words}"
-        if isinstance(message, _BEGIN) and message.round_num <= self._round_num:
-            return f"{self._where()}, {kind} repeats round {message.round_num}; use a number above {self._round_num}"
-        if isinstance(message, _OF_A_ROUND) and message.round_num != self._round_num:
-            return f"{self._where()}, {kind} carries round {message.round_num}; expected {self._round_num}"
-        if isinstance(message, _OF_A_STEP) and message.step != self._step:
-            return f"{self._where()}, {kind} carries step {message.step}; expected {self._step}"
-        if isinstance(message, Features) and self._step >= self._num_exchanges:
-            return f"{self._where()}, Features of one step too many; expected Update"
-        if isinstance(message, _ASKS) and message.part != self._num_sent:
-            return f"{self._where()}, {kind} carries part {message.part}; expected {self._num_sent}"
-        if isinstance(message, _ANSWERS):
-            if not self.num_outstanding:
-                return f"{self._where()}, {kind} of part {message.part} answers nothing; expected none"
-            if message.part != self._num_answered:
-                return f"{self._where()}, {kind} carries part {message.part}; expected {self._num_answered}"
-        if isinstance(message, Update) and self._step < self._num_exchanges:
-            return f"{self._where()}, Update comes too early; expected Features of step {self._step}"
+        if isinstance(message, _OF_A_ROUND):
+            objection = self._objection(message)
+            if objection:
+                return objection
+            following = self._advanced(message, following)
+        elif isinstance(message, _BEGIN):
+            if message.round_num <= self._round_num:
+                kind = type(message).__name__
+                return (
+                    f"{self._where()}, {kind} repeats round {message.round_num}; use a number above {self._round_num}"
+                )
+            self._begin(message)
+        self.state = following
         return ""
 
-    def _advance(self, speaker: Role, message: Message) -> None:
-        """Moves along the table; the message is legal."""
-        following = _SPOKEN_BY[speaker][self.state][type(message)]
-        if isinstance(message, _BEGIN):
-            self._round_num, self._step = message.round_num, 0
-            self._num_exchanges = message.num_exchanges if isinstance(message, Assign) else 0
-            num_samples = message.batch_size if isinstance(message, Assign) else message.num_probe_samples
-            self._num_parts = len(part_sizes(num_samples, message.parts_per_step))
-            self._num_sent = self._num_answered = 0
+    def _objection(self, message: _OfARound) -> str:
+        """Why this may not be said in this round and at this step, by an end whose turn it is; empty if it may."""
+        if message.round_num != self._round_num:
+            return self._wrong(message, f"carries round {message.round_num}; expected {self._round_num}")
+        if isinstance(message, _OF_A_STEP) and message.step != self._step:
+            return self._wrong(message, f"carries step {message.step}; expected {self._step}")
+        if isinstance(message, _ANSWERS):
+            if self._num_sent == self._num_answered:
+                return self._wrong(message, f"of part {message.part} answers nothing; expected none")
+            if message.part != self._num_answered:
+                return self._wrong(message, f"carries part {message.part}; expected {self._num_answered}")
         elif isinstance(message, _ASKS):
-            self._num_sent += 1
-            if self._num_sent < self._num_parts:
-                following = self.state
-        elif isinstance(message, _ANSWERS):
+            if isinstance(message, Features) and self._step >= self._num_exchanges:
+                return self._wrong(message, "of one step too many; expected Update")
+            if message.part != self._num_sent:
+                return self._wrong(message, f"carries part {message.part}; expected {self._num_sent}")
+        elif isinstance(message, Update) and self._step < self._num_exchanges:
+            return self._wrong(message, f"comes too early; expected Features of step {self._step}")
+        return ""
+
+    def _begin(self, message: Assign | Survey) -> None:
+        """A round or a survey begins."""
+        self._round_num, self._step = message.round_num, 0
+        self._num_exchanges = message.num_exchanges if isinstance(message, Assign) else 0
+        num_samples = message.batch_size if isinstance(message, Assign) else message.num_probe_samples
+        self._num_parts = len(part_sizes(num_samples, message.parts_per_step))
+        self._num_sent = self._num_answered = 0
+
+    def _advanced(self, message: _OfARound, following: State) -> State:
+        """Counts a legal message of a round; the state after it: that of the table, unless parts are still to come."""
+        if isinstance(message, _ANSWERS):
             self._num_answered += 1
             if self._num_answered < self._num_parts:
-                following = self.state
-            else:
-                self._num_sent = self._num_answered = 0
-                self._step += isinstance(message, Gradient)
-        elif isinstance(message, Release) and self.role is Role.SERVER and self._num_late():
-            self._late[message.round_num] = self._num_late()
-        if isinstance(message, _FROM_WORKER):
-            self._late.clear()
-        self.state = following
+                return self.state
+            self._num_sent = self._num_answered = 0
+            self._step += isinstance(message, Gradient)
+            return following
+        if isinstance(message, Release):
+            if self.role is Role.SERVER and self._num_late():
+                self._late[message.round_num] = self._num_late()
+            return following
+        self._late.clear()
+        if isinstance(message, _ASKS):
+            self._num_sent += 1
+            if self._num_sent < self._num_parts:
+                return self.state
+        return following
 
     def _num_late(self) -> int:
         """How many messages of the worker a Release may cross now (rule 3)."""
@@ -286,6 +304,9 @@ class Session:
                 self._late[message.round_num] = num_left
             return True
         return False
+
+    def _wrong(self, message: Message, what: str) -> str:
+        return f"{self._where()}, {type(message).__name__} {what}"
 
     def _where(self) -> str:
         if self.round_num is None:

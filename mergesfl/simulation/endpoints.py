@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from mergesfl.errors import TransportError
 from mergesfl.protocol.codec import wire_bytes
+from mergesfl.protocol.layout import Frame
 from mergesfl.simulation.events import EventLoop, Mailbox
 from mergesfl.simulation.network import Device, Link, SharedPipe
 from mergesfl.transport.base import Frames, carried
 
-Packet = list[memoryview]
+Packet = list[Frame]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class NetworkServer:
         """Puts one message on its way. Raises TransportError when the peer is gone."""
         self._network._down(peer, frames)
 
-    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
         """The next message and the peer it came from; None when the virtual time is over."""
         return self._network._inbox.get(timeout_seconds)
 
@@ -124,7 +125,7 @@ class NetworkWorker:
         self._network._up(self._peer, frames)
         return True
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         """The next message; None when the virtual time is over. Raises TransportError: this connection is closed."""
         return self._network._connection(self._peer).mailbox.get(timeout_seconds)
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-Frame = bytes | bytearray | memoryview
+from mergesfl.protocol.layout import Frame, frame_bytes
+
 Frames = Sequence[Frame]
 
 LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
 
 
-def carried(frame: Frame) -> memoryview:
-    """What arrives in the same process of a frame that was sent: itself, or a copy if it is small."""
-    view = memoryview(frame)
-    return view if view.nbytes >= LEND_BYTES else memoryview(bytes(view))
+def carried(frame: Frame) -> Frame:
+    """What arrives in the same process of a frame that was sent: itself, or a copy if it is small and may change."""
+    return frame if type(frame) is bytes or frame_bytes(frame) >= LEND_BYTES else bytes(frame)
 
 
 class ServerEndpoint(Protocol):
@@ -35,7 +35,7 @@ class ServerEndpoint(Protocol):
         Raises TransportError at once when the peer is gone or its queue is full.
         """
 
-    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
         """The next message and the peer it came from; None when the time is over (0: only look)."""
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class WorkerEndpoint(Protocol):
     def send(self, frames: Frames) -> bool:
         """Queues one message, large frames lent; False when there is no connection now (try again)."""
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         """The next message; None when the time is over (0: only look)."""
 
     def close(self) -> None:

@@ -12,10 +12,11 @@ import threading
 from collections import deque
 
 from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.transport.base import Frames, carried
 
-Packet = list[memoryview]
+Packet = list[Frame]
 
 
 class _Mailbox:
@@ -100,7 +101,7 @@ class MemoryServer:
             mailbox.packets.append(packet)
             mailbox.arrived.notify_all()
 
-    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
         """The next message and the peer it came from; None when the time is over.
 
         Raises:
@@ -157,7 +158,7 @@ class MemoryWorker:
             self._hub._arrived.notify_all()
             return True
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         """The next message; None when the time is over.
 
         Raises:

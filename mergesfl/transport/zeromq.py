@@ -5,7 +5,8 @@ message whole or not at all, and asks a silent peer with heartbeats whether it s
 number of frames of one message while it is under way. Only a peer that may connect can abuse that.
 
 A frame of LEND_BYTES and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the message
-has left. Frames that were received belong to the receiver. An endpoint belongs to one thread.
+has left. Frames that were received belong to the receiver: the first one, the codec's header, is a copy (it is small,
+and to view it would cost more), the others are views. An endpoint belongs to one thread.
 
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
@@ -22,9 +23,10 @@ import weakref
 import zmq
 
 from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
+from mergesfl.protocol.layout import Frame, frame_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path
-from mergesfl.transport.base import LEND_BYTES, Frame, Frames
+from mergesfl.transport.base import LEND_BYTES, Frames
 from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -39,6 +41,7 @@ MAX_DRAINED_MESSAGES = 10_000
 # Plain ints: to combine zmq's own flags costs a microsecond each time, and there are some per frame.
 _LAST_FRAME, _MORE_FRAMES = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 _EVENTS, _CAN_SEND, _RECEIVE_TIMEOUT = int(zmq.EVENTS), int(zmq.POLLOUT), int(zmq.RCVTIMEO)
+_RECEIVE_MORE = int(zmq.RCVMORE)
 
 
 class _Endpoint:
@@ -48,6 +51,7 @@ class _Endpoint:
         own: Context | None = zmq.Context() if context is None else None
         self._limits = limits
         self._settings = settings
+        self._timeout_seconds: float | None = None  # that the socket has for receiving
         self._socket = (own or context or zmq.Context()).socket(socket_type)
         for option, value in {
             zmq.LINGER: _milliseconds(settings.linger_seconds),
@@ -69,28 +73,34 @@ class _Endpoint:
         """Closes the socket, and the context if it is our own; returns after the linger time at the latest."""
         self._shut()
 
-    def _receive(self, timeout_seconds: float) -> list[memoryview] | None:
-        """All frames of the next message, none of it copied; each view keeps its frame alive.
+    def _receive(self, timeout_seconds: float, has_envelope: bool) -> tuple[bytes, list[Frame]] | None:
+        """The envelope of the next message, if it has one, and its frames; each view keeps its frame alive.
 
-        Of a message with more frames than the limit the rest is dropped, and one more than the limit handed up (and the
-        envelope of a ROUTER): the codec refuses it.
+        Of a message with more frames than the limit the rest is dropped, and one more than the limit handed up: the
+        codec refuses it.
         """
-        most = self._limits.max_frames + 2
+        socket, envelope = self._socket, b""
         try:
-            self._socket.setsockopt(_RECEIVE_TIMEOUT, _milliseconds(timeout_seconds))
-            part = self._socket.recv(copy=False)
-            frames = [part.buffer]
-            while part.more:
-                part = self._socket.recv(copy=False)
-                if len(frames) < most:
+            if timeout_seconds != self._timeout_seconds:
+                socket.setsockopt(_RECEIVE_TIMEOUT, _milliseconds(timeout_seconds))
+                self._timeout_seconds = timeout_seconds
+            header = socket.recv()
+            if has_envelope:
+                envelope, header = header, socket.recv()  # a message has one frame at least, and arrives whole
+            frames: list[Frame] = [header]
+            more = socket.getsockopt(_RECEIVE_MORE)
+            while more:
+                part = socket.recv(copy=False)
+                if len(frames) <= self._limits.max_frames:
                     frames.append(part.buffer)
+                more = part.more
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             raise TransportError(
                 f"cannot receive: {error}; the endpoint is closed or broken, make a new one"
             ) from error
-        return frames
+        return envelope, frames
 
 
 class ZmqServer(_Endpoint):
@@ -146,14 +156,13 @@ class ZmqServer(_Endpoint):
         except zmq.ZMQError as error:
             raise TransportError(f"peer {peer.hex()} is unreachable ({error}); drop it") from error
 
-    def recv(self, timeout_seconds: float) -> tuple[bytes, list[memoryview]] | None:
+    def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
         """The next message and the peer it came from; None when the time is over.
 
         Raises:
             TransportError: this endpoint is closed.
         """
-        frames = self._receive(timeout_seconds)
-        return None if frames is None else (bytes(frames[0]), frames[1:])
+        return self._receive(timeout_seconds, has_envelope=True)
 
     def close(self) -> None:
         """Closes the socket; reads what has arrived first.
@@ -162,7 +171,7 @@ class ZmqServer(_Endpoint):
         """
         with contextlib.suppress(TransportError):
             for _ in range(MAX_DRAINED_MESSAGES):
-                if self._receive(DRAIN_SECONDS) is None:
+                if self.recv(DRAIN_SECONDS) is None:
                     break
         super().close()
 
@@ -215,13 +224,14 @@ class ZmqWorker(_Endpoint):
             raise TransportError(f"cannot send: {error}; the endpoint is closed or broken, make a new one") from error
         return sent
 
-    def recv(self, timeout_seconds: float) -> list[memoryview] | None:
+    def recv(self, timeout_seconds: float) -> list[Frame] | None:
         """The next message; None when the time is over.
 
         Raises:
             TransportError: this endpoint is closed.
         """
-        return self._receive(timeout_seconds)
+        arrived = self._receive(timeout_seconds, has_envelope=False)
+        return None if arrived is None else arrived[1]
 
 
 def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
@@ -231,7 +241,7 @@ def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
 
 
 def _send_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> None:
-    socket.send(frame, _MORE_FRAMES if more else _LAST_FRAME, copy=memoryview(frame).nbytes < LEND_BYTES)
+    socket.send(frame, _MORE_FRAMES if more else _LAST_FRAME, copy=frame_bytes(frame) < LEND_BYTES)
 
 
 def _try_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> bool:
