@@ -1,6 +1,8 @@
-"""Four ways to send features up and get as many bytes of gradient back: ours, bare pyzmq, pickle over ZeroMQ, gRPC.
+"""Ways to send features up and get as many bytes of gradient back: ours, bare pyzmq, pickle over ZeroMQ, gRPC.
 
-Each is a client for one process and a server for another, which answers every message with the bytes it has brought.
+Each is a client for one process and a server for another. What a server answers lies in memory of its own, as a top's
+gradient does: of every size the bytes of the first message that brought so many. Only to pass on a frame that was
+received would be cheaper.
 `python -m benchmarks.micro.peers NAME ADDRESS` is the server; it prints where it listens and ends with its parent.
 """
 
@@ -15,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 import zmq
 from numpy.typing import NDArray
 
 from mergesfl.control.estimates import Estimates
 from mergesfl.errors import ConfigError
+from mergesfl.parts import MAX_PARTS_PER_STEP
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Assign, Features, Gradient, Ready, Register, Welcome
 from mergesfl.runtime.clock import WallClock
 from mergesfl.transport import bind, connect
@@ -30,9 +34,24 @@ from workers.link import Link
 Array = NDArray[Any]
 ROUND_NUM = 1
 ENDLESS_STEPS = 1 << 40
+NUM_IN_FLIGHT = MAX_PARTS_PER_STEP  # messages of a burst: as many as a worker may have on the way
 BATCH_SIZE = 16  # d: samples of one message
 _GRPC_METHOD = "/bench/exchange"
 _GRPC_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+
+class Gradients:
+    """What a server answers."""
+
+    def __init__(self) -> None:
+        self._of_size: dict[int, Array] = {}
+
+    def of(self, features: Array) -> Array:
+        """As large as these features, which are copied the first time."""
+        gradient = self._of_size.get(features.nbytes)
+        if gradient is None:
+            gradient = self._of_size[features.nbytes] = features.copy()
+        return gradient
 
 
 class Client(Protocol):
@@ -42,33 +61,58 @@ class Client(Protocol):
         """Sends features (d, F) float32 and labels (d,) int64; what came back, as many bytes as the features have."""
         ...
 
+    def burst(self, features: Array, labels: Array) -> list[object]:
+        """Sends them NUM_IN_FLIGHT times, then takes as many answers."""
+        ...
+
     def close(self) -> None:
         """Ends the connection."""
         ...
 
 
+class OurWorker:
+    """Our protocol whole: records, codec, session and link, as a worker has them, in a round without end."""
+
+    def __init__(self, address: str, num_parts: int) -> None:
+        self._num_parts = num_parts  # of a step; the server reads it in the worker's name
+        self.link = Link(connect(address), WallClock(), lambda: None)
+        self._step = 0
+        self.link.send(Register(str(num_parts), PROTOCOL_VERSION, "cpu", {}, 1, (1,), ("0",), (1,)))
+        assert isinstance(self.link.receive(), Welcome)
+        self.link.send(Ready((1,), 4))
+        assert isinstance(self.link.receive(), Assign)
+
+    def step(self, features: Array, labels: Array) -> list[object]:
+        """One step: all its parts up, then all gradients."""
+        for part in range(self._num_parts):
+            self.link.send(Features(ROUND_NUM, self._step, features, labels, part=part))
+        answers: list[object] = []
+        for _ in range(self._num_parts):
+            answer = self.link.receive()
+            assert isinstance(answer, Gradient)
+            answers.append(answer.gradient)
+        self._step += 1
+        return answers
+
+
 class OurClient:
-    """Our protocol whole: records, codec, session and link, as a worker has them."""
+    """Two workers, one with steps of one message and one with steps in parts."""
 
     def __init__(self, address: str) -> None:
-        self._link = Link(connect(address), WallClock(), lambda: None)
-        self._step = 0
-        self._link.send(Register("w", PROTOCOL_VERSION, "cpu", {}, 1, (1,), ("0",), (1,)))
-        assert isinstance(self._link.receive(), Welcome)
-        self._link.send(Ready((1,), 4))
-        assert isinstance(self._link.receive(), Assign)
+        self._one, self._many = (OurWorker(address, num_parts) for num_parts in (1, NUM_IN_FLIGHT))
 
     def exchange(self, features: Array, labels: Array) -> object:
-        """One step of the round without end."""
-        self._link.send(Features(ROUND_NUM, self._step, features, labels))
-        answer = self._link.receive()
-        assert isinstance(answer, Gradient)
-        self._step += 1
-        return answer.gradient
+        """A step."""
+        return self._one.step(features, labels)[0]
+
+    def burst(self, features: Array, labels: Array) -> list[object]:
+        """A step in parts."""
+        return self._many.step(features, labels)
 
     def close(self) -> None:
-        """Closes the endpoint."""
-        self._link.close()
+        """Closes the endpoints."""
+        self._one.link.close()
+        self._many.link.close()
 
 
 def serve_ours(address: str) -> None:
@@ -78,16 +122,22 @@ def serve_ours(address: str) -> None:
     endpoint = bind(address)
     switchboard = Switchboard(endpoint, fleet, welcome, 4, lambda: None, WallClock(), 60.0)
     print(endpoint.address, flush=True)
-    while not fleet.available():
-        switchboard.receive(1.0)
-    assign = Assign(ROUND_NUM, ENDLESS_STEPS, ENDLESS_STEPS, BATCH_SIZE, "bench", {}, {})
-    switchboard.send(fleet.available()[0], assign)
+    gradients = Gradients()
+    num_assigned = 0
     while True:
         arrived = switchboard.receive(1.0)
         message = None if arrived is None else arrived[1]
         if arrived is not None and isinstance(message, Features):
-            switchboard.send(arrived[0], Gradient(ROUND_NUM, message.step, 0.0, message.features))
+            own = gradients.of(message.features)
+            switchboard.send(arrived[0], Gradient(ROUND_NUM, message.step, 0.0, own, part=message.part))
             del arrived, message  # as the server, which has copied the features into its batch, lets them go
+        elif num_assigned < len(fleet.available()):
+            member, num_assigned = fleet.available()[num_assigned], num_assigned + 1
+            num_parts = int(member.worker_id)
+            switchboard.send(
+                member,
+                Assign(ROUND_NUM, ENDLESS_STEPS, ENDLESS_STEPS, num_parts * BATCH_SIZE, "bench", {}, {}, {}, num_parts),
+            )
 
 
 class ZmqClient:
@@ -109,8 +159,17 @@ class BareClient(ZmqClient):
 
     def exchange(self, features: Array, labels: Array) -> object:
         """The frames that came back."""
-        self._socket.send_multipart([b"header", features.data, labels.data], copy=False)
+        self._send(features, labels)
         return self._socket.recv_multipart(copy=False)
+
+    def burst(self, features: Array, labels: Array) -> list[object]:
+        """The frames of each message that came back."""
+        for _ in range(NUM_IN_FLIGHT):
+            self._send(features, labels)
+        return [self._socket.recv_multipart(copy=False) for _ in range(NUM_IN_FLIGHT)]
+
+    def _send(self, features: Array, labels: Array) -> None:
+        self._socket.send_multipart([b"header", features.data, labels.data], copy=False)
 
 
 class PickleClient(ZmqClient):
@@ -118,8 +177,25 @@ class PickleClient(ZmqClient):
 
     def exchange(self, features: Array, labels: Array) -> object:
         """The object that came back."""
-        self._socket.send_pyobj({"round": ROUND_NUM, "features": features, "labels": labels})
+        self._send(features, labels)
         return self._socket.recv_pyobj()
+
+    def burst(self, features: Array, labels: Array) -> list[object]:
+        """The objects that came back."""
+        for _ in range(NUM_IN_FLIGHT):
+            self._send(features, labels)
+        return [self._socket.recv_pyobj() for _ in range(NUM_IN_FLIGHT)]
+
+    def _send(self, features: Array, labels: Array) -> None:
+        self._socket.send_pyobj({"round": ROUND_NUM, "features": features, "labels": labels})
+
+
+class PickleTorchClient(PickleClient):
+    """The same with torch's tensors, which is what a training loop has."""
+
+    def _send(self, features: Array, labels: Array) -> None:
+        tensors = {"features": torch.from_numpy(features), "labels": torch.from_numpy(labels)}
+        self._socket.send_pyobj({"round": ROUND_NUM, **tensors})
 
 
 def _router(address: str) -> zmq.Socket[bytes]:
@@ -130,11 +206,12 @@ def _router(address: str) -> zmq.Socket[bytes]:
 
 
 def serve_bare(address: str) -> None:
-    """Sends the header and the features back."""
-    socket = _router(address)
+    """Sends the header and a gradient back."""
+    socket, gradients = _router(address), Gradients()
     while True:
         peer, header, features, _ = socket.recv_multipart(copy=False)
-        socket.send_multipart([peer, header, features], copy=False)
+        gradient = gradients.of(np.frombuffer(features.buffer, np.uint8))
+        socket.send_multipart([peer, header, gradient.data], copy=False)
 
 
 def serve_pickle(address: str) -> None:
@@ -159,6 +236,11 @@ class GrpcClient:
     def exchange(self, features: Array, labels: Array) -> object:
         """The array in the bytes that came back."""
         return np.frombuffer(self._call(features.tobytes() + labels.tobytes()), np.uint8)
+
+    def burst(self, features: Array, labels: Array) -> list[object]:
+        """Calls that wait together."""
+        calls = [self._call.future(features.tobytes() + labels.tobytes()) for _ in range(NUM_IN_FLIGHT)]
+        return [np.frombuffer(call.result(), np.uint8) for call in calls]
 
     def close(self) -> None:
         """Closes the channel."""
@@ -199,6 +281,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "ours": Contestant(OurClient, serve_ours),
     BARE: Contestant(BareClient, serve_bare),
     "pickle": Contestant(PickleClient, serve_pickle),
+    "pickle torch": Contestant(PickleTorchClient, serve_pickle),
     "grpc": Contestant(GrpcClient, serve_grpc),
 }
 

@@ -2,8 +2,9 @@
 
 Features go up and as many bytes of gradient come back, between two processes on this machine, over TCP's loopback and
 over a UNIX socket (ipc). All contestants (benchmarks/micro/peers.py) are connected at the same time and take turns in
-every repeat. Told are, of the repeats' figures, the medians: MB/s both ways together, p50 and p99 of a round trip, and
-the ratios to bare pyzmq (multipart, copy=False), each taken within a repeat.
+every repeat. Told are, of the repeats' figures, the medians: MB/s both ways together with NUM_IN_FLIGHT messages on the
+way (the parts of a step), p50 and p99 of a single message and its answer, and the ratios to bare pyzmq (multipart,
+copy=False), each taken within a repeat.
 """
 
 from __future__ import annotations
@@ -13,36 +14,45 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 import typer
 
-from benchmarks.micro.peers import BARE, BATCH_SIZE, CONTESTANTS, Client, check_contestants
+from benchmarks.micro.peers import BARE, BATCH_SIZE, CONTESTANTS, NUM_IN_FLIGHT, Client, check_contestants
 from mergesfl.processes import local_address
 
 SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 ROUND_TRIPS = (20, 400)  # fewest and most per repeat
+FEWEST_BURSTS = 5  # per repeat
+NUM_UNCOUNTED = 3  # before each measurement
 BYTES_PER_REPEAT = 256 << 20  # so many one way, within these bounds
 
 
 @dataclass(frozen=True)
 class Times:
-    """The round trips of one contestant in one repeat: seconds each, for so many bytes in each direction."""
+    """One contestant in one repeat.
+
+    Attributes:
+        num_bytes: of a message, in each direction.
+        trip_seconds: of single round trips.
+        burst_seconds: until NUM_IN_FLIGHT messages sent together were all answered.
+    """
 
     num_bytes: int
-    seconds: tuple[float, ...]
+    trip_seconds: tuple[float, ...]
+    burst_seconds: tuple[float, ...]
 
     @property
     def megabytes_per_second(self) -> float:
-        """10^6 bytes per second, both directions together."""
-        return 2e-6 * self.num_bytes * len(self.seconds) / sum(self.seconds)
+        """10^6 bytes per second in bursts, both directions together."""
+        return 2e-6 * self.num_bytes * NUM_IN_FLIGHT * len(self.burst_seconds) / sum(self.burst_seconds)
 
     def microseconds(self, percentile: float) -> float:
         """This percentile of a round trip."""
-        return float(1e6 * np.percentile(self.seconds, percentile))
+        return float(1e6 * np.percentile(self.trip_seconds, percentile))
 
 
 def num_round_trips(num_bytes: int) -> int:
@@ -52,17 +62,24 @@ def num_round_trips(num_bytes: int) -> int:
 
 
 def measure(client: Client, num_bytes: int, num_trips: int) -> Times:
-    """Round trips one after the other; a few more come first and do not count."""
+    """Round trips one after the other, then as many in bursts; a few more come before each and do not count."""
     features = np.zeros((BATCH_SIZE, num_bytes // (4 * BATCH_SIZE)), np.float32)  # (d, F)
     labels = np.zeros(BATCH_SIZE, np.int64)  # (d,)
-    for _ in range(3):
-        client.exchange(features, labels)
+    trips = timed(lambda: client.exchange(features, labels), num_trips)
+    bursts = timed(lambda: client.burst(features, labels), max(FEWEST_BURSTS, num_trips // NUM_IN_FLIGHT))
+    return Times(num_bytes, trips, bursts)
+
+
+def timed(act: Callable[[], object], num_times: int) -> tuple[float, ...]:
+    """Seconds of each time; what came back is let go before the next."""
+    for _ in range(NUM_UNCOUNTED):
+        act()
     seconds = []
-    for _ in range(num_trips):
+    for _ in range(num_times):
         begin_seconds = time.perf_counter()
-        client.exchange(features, labels)
+        act()
         seconds.append(time.perf_counter() - begin_seconds)
-    return Times(num_bytes, tuple(seconds))
+    return tuple(seconds)
 
 
 @contextlib.contextmanager

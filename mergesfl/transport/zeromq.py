@@ -4,9 +4,9 @@ What libzmq does for us, in its own I/O thread: it connects again by itself, kee
 message whole or not at all, and asks a silent peer with heartbeats whether it still lives. What it does not: bound the
 number of frames of one message while it is under way. Only a peer that may connect can abuse that.
 
-A frame of LEND_BYTES and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the message
-has left. Frames that were received belong to the receiver: the first one, the codec's header, is a copy (it is small,
-and to view it would cost more), the others are views. An endpoint belongs to one thread.
+A frame of SEND_LENT_BYTES and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the
+message has left. Frames that were received belong to the receiver: the first one, the codec's header, is a copy (it is
+small, and to view it would cost more), the others are views. An endpoint belongs to one thread.
 
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
@@ -26,7 +26,7 @@ from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
 from mergesfl.protocol.layout import Frame, frame_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path
-from mergesfl.transport.base import LEND_BYTES, Frames
+from mergesfl.transport.base import Frames
 from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -37,6 +37,10 @@ Context = zmq.Context[zmq.Socket[bytes]]
 SERVER_UNREAD_MESSAGES = 8
 DRAIN_SECONDS = 0.2  # a server that closes waits so long for messages under way
 MAX_DRAINED_MESSAGES = 10_000
+
+# pyzmq learns in a thread of its own that lent memory is free again: below this, a copy costs less (benchmarks/LOG.md,
+# 2026-11-26). Not below LEND_BYTES, from where on nobody changes what was sent.
+SEND_LENT_BYTES = 1 << 19
 
 # Plain ints: to combine zmq's own flags costs a microsecond each time, and there are some per frame.
 _LAST_FRAME, _MORE_FRAMES = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
@@ -241,7 +245,7 @@ def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
 
 
 def _send_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> None:
-    socket.send(frame, _MORE_FRAMES if more else _LAST_FRAME, copy=frame_bytes(frame) < LEND_BYTES)
+    socket.send(frame, _MORE_FRAMES if more else _LAST_FRAME, copy=frame_bytes(frame) < SEND_LENT_BYTES)
 
 
 def _try_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> bool:
