@@ -233,7 +233,8 @@ def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
             content[field][key] = array
         else:
             content[field] = array
-    message = form.record(**content)
+    message = object.__new__(form.record)
+    message.__dict__.update(content)  # all its fields, as its __init__ would: of a frozen record that takes long
     if form.check is not None:
         form.check(message)
     return message

@@ -152,8 +152,10 @@ class ZmqServer(_Endpoint):
             self._socket.getsockopt(_EVENTS)  # makes libzmq look at what has happened: who has gone, who has read
             # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
             self._socket.send(peer, _MORE_FRAMES)
-            for index, frame in enumerate(frames, start=1):
-                _send_frame(self._socket, frame, more=index < len(frames))
+            num_left = len(frames)
+            for frame in frames:
+                num_left -= 1
+                _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
         except zmq.Again as error:
             limit = self._settings.max_queued_messages
             raise TransportError(f"peer {peer.hex()} does not read: {limit} messages wait for it; drop it") from error
@@ -216,14 +218,18 @@ class ZmqWorker(_Endpoint):
         try:
             if not int(self._socket.getsockopt(_EVENTS)) & _CAN_SEND:  # also makes libzmq look at what has happened
                 return False
-            for index, frame in enumerate(frames, start=1):
-                queued = _try_frame(self._socket, frame, more=index < len(frames))
-                if index == 1 and not queued:
-                    return False
-                # Not queued later on: the link broke in the middle of the message. libzmq forgets what it has of it and
-                # swallows what still comes up to its last frame (lb.cpp, _dropping). So go on; else it would swallow
-                # the next message too.
-                sent = sent and queued
+            num_left = len(frames)
+            for frame in frames:
+                num_left -= 1
+                try:
+                    _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
+                except zmq.Again:
+                    if num_left == len(frames) - 1:
+                        return False
+                    # The link broke in the middle of the message. libzmq forgets what it has of it and swallows what
+                    # still comes up to its last frame (lb.cpp, _dropping). So go on; else it would swallow the next
+                    # message too.
+                    sent = False
         except zmq.ZMQError as error:
             raise TransportError(f"cannot send: {error}; the endpoint is closed or broken, make a new one") from error
         return sent
@@ -244,16 +250,8 @@ def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
         own_context.term()
 
 
-def _send_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> None:
-    socket.send(frame, _MORE_FRAMES if more else _LAST_FRAME, copy=frame_bytes(frame) < SEND_LENT_BYTES)
-
-
-def _try_frame(socket: zmq.Socket[bytes], frame: Frame, more: bool) -> bool:
-    try:
-        _send_frame(socket, frame, more)
-    except zmq.Again:
-        return False
-    return True
+def _send_frame(socket: zmq.Socket[bytes], frame: Frame, flags: int) -> None:
+    socket.send(frame, flags, copy=frame_bytes(frame) < SEND_LENT_BYTES)
 
 
 def _milliseconds(seconds: float) -> int:
