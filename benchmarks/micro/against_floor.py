@@ -3,8 +3,10 @@
 The floor (benchmarks/micro/floor.py) and every run train the same rounds, one after the other in each repeat, on ONE
 core with one torch thread per process: the workers' processes share the core that the floor has for itself. Compared
 are CPU seconds of all processes together, which other work on the machine hardly touches, and seconds on the wall,
-which it does. Counted are whole rounds, from the end of the first, evaluation and checkpoint left out. Every repeat
-also sees that the run ends with the floor's parameters to the bit.
+which it does. Counted are whole rounds, from the end of the first, evaluation and checkpoint left out. Beside every run
+over sockets stands "bare": the floor in as many processes with nothing between but pyzmq (benchmarks/micro/bare.py),
+which tells what of the rest is the processes' and what ours. Every repeat also sees that all end with the floor's
+parameters to the bit.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.micro.bare import run_bare
 from benchmarks.micro.cpu import UNCOUNTED_ROUNDS, Mark, RoundMarks, counted, mark, pin_to_one_core
 from benchmarks.micro.floor import METHOD, played_rounds, run_floor
 from benchmarks.micro.samples import dataset_text, find_workload
@@ -66,27 +69,40 @@ def measure_floor(config: RunConfig) -> tuple[Mark, dict[str, Tensor]]:
     return counted(marks, config.training.num_rounds), tensors
 
 
+def measure_bare(config: RunConfig) -> tuple[Mark, dict[str, Tensor]]:
+    """The same of the floor in processes."""
+    marks: list[Mark] = []
+    dataset = load_dataset(config.data.dataset)
+    rounds = played_rounds(config.run_folder)
+    tensors = run_bare(config, dataset, rounds, lambda pids: marks.append(mark(pids)))
+    return counted(marks, config.training.num_rounds), tensors
+
+
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Equal names and equal tensors."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def compare(settings: list[str], transports: Sequence[str], num_repeats: int) -> list[str]:
-    """The cells of one workload, a row per transport: medians over the repeats of what was measured side by side."""
-    runs: dict[str, list[Mark]] = {transport: [] for transport in transports}
-    equal = dict.fromkeys(transports, True)
+    """The cells of one workload, a row each: medians over the repeats of what was measured side by side."""
+    runs: dict[str, list[Mark]] = {}
+    equal: dict[str, bool] = {}
     floors = []
     for repeat in range(num_repeats):
         config, ended = load_config(None, settings), {}
         for transport in transports:
             config = load_config(None, [*settings, f"name={transport}-{repeat}", f"cluster.transport={transport}"])
-            taken, ended[transport] = measure_run(config)
-            runs[transport].append(taken)
+            measured = {transport: measure_run(config)}
+            if transport != "memory":
+                measured[f"{transport}, bare"] = measure_bare(config)
+            for name, (taken, tensors) in measured.items():
+                runs.setdefault(name, []).append(taken)
+                ended[name] = tensors
         floor, tensors = measure_floor(config)
         floors.append(floor)
-        for transport in transports:
-            equal[transport] &= same_bits(ended[transport], tensors)
-    return [_row(transport, runs[transport], floors, equal[transport]) for transport in transports]
+        for name in ended:
+            equal[name] = equal.get(name, True) and same_bits(ended[name], tensors)
+    return [_row(name, taken, floors, equal[name]) for name, taken in runs.items()]
 
 
 def _row(transport: str, taken: Sequence[Mark], floors: Sequence[Mark], is_equal: bool) -> str:
