@@ -282,12 +282,28 @@ def test_a_top_of_its_own_counts_what_was_fed_of_a_lost_worker_by_hand() -> None
 
 
 @pytest.mark.parametrize(("layer", "kind"), MIXING)
-def test_a_bottom_with_batch_statistics_is_refused_in_parts_with_the_next_step(layer: nn.Module, kind: str) -> None:
+def test_halves_with_batch_statistics_are_refused_in_parts_with_the_next_step(layer: nn.Module, kind: str) -> None:
     check_parts(network_below(layer), 1)
-    check_parts(network(layer), 4)  # above the cut: check_streaming says what there is to say
-    holds = rf"the bottom before the cut '0' holds the layer '0\.1.*' \({kind}\)"
-    with pytest.raises(ConfigError, match=rf"parts_per_step = 2, but {holds}, .* = 1, or cut before"):
+    check_parts(network(layer), 1)
+    below = rf"the bottom before the cut '0' holds the layer '0\.1.*' \({kind}\)"
+    with pytest.raises(ConfigError, match=rf"parts_per_step = 2, but {below}, .* = 1, or cut before the first"):
         check_parts(network_below(layer), 2)
+    above = rf"the top after the cut '0' holds the layer '1\.0.*' \({kind}\)"
+    with pytest.raises(ConfigError, match=rf"parts_per_step = 4, but {above}, .* = 1, or cut behind the last"):
+        check_parts(network(layer), 4)
+
+
+def test_a_top_of_its_own_with_batch_norm_would_send_other_gradients_in_parts() -> None:
+    """Why it is refused, although such a top may stream."""
+    found = []
+    for parts_per_step in (1, 2):
+        torch.manual_seed(0)
+        trainer = TopPerWorker(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)))
+        trainer.open(["b"], 0.3)
+        trainer.begin_step({"b": 4}, seed=0, in_order=False)
+        pieces = in_parts_of(features_of(0)["b"], parts_per_step)
+        found.append(torch.cat([trainer.feed([piece])[0] for piece in pieces]))
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
 
 
 def test_running_statistics_of_instance_norm_differ_in_parts() -> None:

@@ -224,16 +224,20 @@ def seed_of_part(seed: int, part: int) -> int:
 
 
 def check_parts(network: SplitModel, parts_per_step: int) -> None:
-    """Raises ConfigError where a bottom that sees a batch in parts would compute something else: batch-norm, or
-    instance-norm with running statistics."""
-    layer = layer_with_batch_statistics(network.bottom) if parts_per_step > 1 else None
-    if layer is not None:
-        name, kind = layer
-        raise ConfigError(
-            f"training.parts_per_step = {parts_per_step}, but the bottom before the cut '{network.cut}' holds the "
-            f"layer '{name}' ({kind}), whose statistics are those of the whole batch: set training.parts_per_step = 1, "
-            "or cut before the first such layer (model.cut, see `mergesfl cuts`)"
-        )
+    """Raises ConfigError where a bottom or a top that sees a batch in parts would compute something else: batch-norm,
+    or instance-norm with running statistics."""
+    if parts_per_step == 1:
+        return
+    halves = (("bottom before", "before the first", network.bottom), ("top after", "behind the last", network.top))
+    for half, where, module in halves:
+        layer = layer_with_batch_statistics(module)
+        if layer is not None:
+            name, kind = layer
+            raise ConfigError(
+                f"training.parts_per_step = {parts_per_step}, but the {half} the cut '{network.cut}' holds the layer "
+                f"'{name}' ({kind}), whose statistics are those of the whole batch: set training.parts_per_step = 1, "
+                f"or cut {where} such layer (model.cut, see `mergesfl cuts`)"
+            )
 
 
 def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: Exchange) -> WorkResult:
