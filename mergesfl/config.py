@@ -119,7 +119,7 @@ class ControlConfig(Section):
     estimate_memory: Fraction = 0.8  # alpha of Eq. 5 and 6
     # All workers measure themselves before every so many rounds [paper: 1], if the method plans by speed; 0: never.
     survey_every_rounds: NotNegativeInt = 0
-    survey_deadline_seconds: PositiveFloat = 10.0  # who answers later keeps its estimate and misses the round
+    survey_deadline_seconds: PositiveFloat = 10.0  # of all; who answers later keeps its estimate and misses the round
     fill_budget: Switch = True
     allow_above_max: Switch = True  # filling the budget may take d_i above D_max
 

@@ -5,7 +5,6 @@ Legend: d_i samples of worker i in one step, F... shape of one sample at the cut
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from mergesfl.control.plan import RoundPlan
-from mergesfl.errors import MergeSFLError, RemoteProtocolError
+from mergesfl.errors import RemoteProtocolError
 from mergesfl.methods.base import MAY_OMIT_TENSORS, Setting, State, StepFeatures
 from mergesfl.parts import part_sizes
 from mergesfl.protocol.coding import RunCodecs
@@ -22,14 +21,11 @@ from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Upda
 from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensors
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
+from ps.content import NotFiniteError, read_features, read_update
 from ps.fleet import Fleet, Member
 from ps.outliers import MAX_MAGNITUDE, Outliers
 from ps.switchboard import RoundMessage, Switchboard
 from ps.waiting import wait_for_answers
-
-
-class _NotFiniteError(MergeSFLError):
-    """A worker's own arithmetic broke down: no use in this round, and no reason to close it."""
 
 
 @dataclass(frozen=True)
@@ -238,74 +234,24 @@ class RoundExchange:
         """The message, decoded and checked; None: it was of no use, and its worker is out of the round."""
         received_seconds = self._clock.now_seconds()  # decoding is computing, not transfer
         try:
-            message = self._decoded(member.worker_id, message)
-            return Arrival(message, received_seconds, self._check(member, message))
+            return self._arrival(member.worker_id, message, received_seconds)
         except RemoteProtocolError as error:
             self._switchboard.expel(member, error)
-        except _NotFiniteError as error:
+        except NotFiniteError as error:
             self._give_up(member, str(error))
         return None
 
-    def _decoded(self, name: str, message: Features | Update) -> Features | Update:
-        """What the worker meant. Raises RemoteProtocolError for what the run's codec does not make."""
-        try:
-            if isinstance(message, Update):
-                return self._codecs.decode_update(message)
-            num_samples = self._part_sizes[name][message.part]  # the session has seen to it that there is such a part
-            return self._codecs.decode_features(message, (num_samples, *self._feature_shape))
-        except RemoteProtocolError as error:
-            raise RemoteProtocolError(f"worker '{name}' {error}") from None
-
-    def _check(self, member: Member, message: Features | Update) -> float:
-        """max |z| of features, 0 of a state.
-
-        Raises RemoteProtocolError for content that no honest worker sends, _NotFiniteError for what is of no use.
-        """
-        name = member.worker_id
+    def _arrival(self, name: str, message: Features | Update, received_seconds: float) -> Arrival:
+        """The message, decoded and checked. Raises RemoteProtocolError, NotFiniteError."""
         if isinstance(message, Update):
-            expected_samples = self._batch_sizes[name] * self._plan.num_steps
-            if message.num_samples != expected_samples:
-                raise RemoteProtocolError(
-                    f"worker '{name}' trained {message.num_samples} samples, not {expected_samples}"
-                )
-            self._check_state(name, message.state)
-            return 0.0
-        num_samples = self._part_sizes[name][message.part]
-        if message.labels.shape != (num_samples,) or message.labels.dtype != np.int64:
-            raise RemoteProtocolError(
-                f"worker '{name}' sent labels {message.labels.dtype}{message.labels.shape}, "
-                f"expected int64{(num_samples,)}"
-            )
-        labels = message.labels
-        if len(labels) and not int(labels.view(np.uint64).max()) < self._num_classes:  # what is negative is huge
-            raise RemoteProtocolError(
-                f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, "
-                f"expected 0 to {self._num_classes - 1}"
-            )
-        features = message.features
-        magnitude = float(max(features.max(), -features.min())) if features.size else 0.0  # NaN: both are NaN
-        if not math.isfinite(magnitude):
-            raise _NotFiniteError(f"worker '{name}' sent features that are not finite")
-        return magnitude
-
-    def _check_state(self, name: str, state: Mapping[str, np.ndarray]) -> None:
-        """A trained state has the names, shapes and dtypes of the one that was assigned, and finite numbers.
-
-        Tensors are missing only where the method allows it.
-        """
-        assigned = self._assigned[name]
-        if not (state.keys() == assigned.keys() or (name in self._may_omit and state.keys() < assigned.keys())):
-            odd = sorted(state.keys() ^ assigned.keys())[:3]
-            raise RemoteProtocolError(f"worker '{name}' sent a state of other tensors than it was given: {odd} ...")
-        for key, array in state.items():
-            if array.shape != assigned[key].shape or array.dtype != assigned[key].dtype:
-                raise RemoteProtocolError(
-                    f"worker '{name}' sent '{key}' as {array.dtype}{array.shape}, "
-                    f"expected {assigned[key].dtype}{assigned[key].shape}"
-                )
-        for key, array in state.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise _NotFiniteError(f"worker '{name}' sent a state whose '{key}' is not finite")
+            num_samples = self._batch_sizes[name] * self._plan.num_steps
+            assigned, may_omit = self._assigned[name], name in self._may_omit
+            update = read_update(name, message, num_samples, assigned, may_omit, self._codecs)
+            return Arrival(update, received_seconds)
+        num_samples = self._part_sizes[name][message.part]  # the session has seen to it that there is such a part
+        shape = (num_samples, *self._feature_shape)
+        features, magnitude = read_features(name, message, shape, self._num_classes, self._codecs)
+        return Arrival(features, received_seconds, magnitude)
 
     def _give_up(self, member: Member, reason: str) -> None:
         """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergesfl.errors import ConfigError
 from mergesfl.training.dropout import SeededDropout
+from mergesfl.training.singles import layer_with_batch_statistics
 from mergesfl.training.split import Half
 from ps.ranks import BACKWARD, FORWARD, Ranks
 
@@ -37,12 +37,13 @@ def rows_of(rank: int, num_ranks: int, num_rows: int) -> tuple[int, int]:
 
 def require_shardable(top: Half) -> None:
     """Raises ConfigError when a row of the batch cannot be computed without the others."""
-    for name, layer in top.named_modules():
-        if isinstance(layer, _BatchNorm) or getattr(layer, "track_running_stats", False):
-            raise ConfigError(
-                f"layer '{name}' of the top is a {type(layer).__name__}, whose statistics are those of the whole "
-                "merged batch: start the parameter server with one rank, or set model.cut behind the last batch-norm"
-            )
+    layer = layer_with_batch_statistics(top)
+    if layer is not None:
+        name, kind = layer
+        raise ConfigError(
+            f"the top holds the layer '{name}' ({kind}), whose statistics are those of the whole merged batch: start "
+            "the parameter server with one rank, or set model.cut behind the last such layer"
+        )
 
 
 class Shard:

@@ -1,11 +1,15 @@
 """The survey: before a round is planned by speed all workers measure themselves, not only those chosen lately.
 
 Spec, section 1, step 1 [paper]: "Workers report compute and transfer time per sample"; the smoothing is Eq. 5 and 6.
-The messages are ours (mergesfl/protocol/messages.py): a Survey goes to all workers at once; each computes one step,
-sends a Probe, gets an Echo, and reports. A worker that does not report within the deadline is released,
-keeps its estimate, and is not chosen before it has been heard again. If the rounds' steps go in parts
-(training.parts_per_step), so does the step of a survey, each part with a Probe and an Echo of its own: what overlaps in
-a round overlaps in the survey, and the sum that is reported is that of such a step.
+The messages are ours (mergesfl/protocol/messages.py): a worker that gets a Survey computes one step, sends a Probe,
+gets an Echo, and reports. One that does not report within the deadline is released, keeps its estimate, and is not
+chosen before it has been heard again. If the rounds' steps go in parts (training.parts_per_step), so does the step of a
+survey, each part with a Probe and an Echo of its own: what overlaps in a round overlaps in the survey, and the sum that
+is reported is that of such a step.
+
+All are asked at once, but of a large fleet only so many, and the next one when a report is in [ours]: the probes share
+the server's link, and where it is too slow for all until the deadline, nobody's would be through in time. Who was not
+asked keeps its estimate and may be chosen; the next survey begins with others.
 
 What is sent per sample [ours]:
 
@@ -13,14 +17,15 @@ What is sent per sample [ours]:
     federated  model bytes / (tau * d): what ps.outcome.observed_seconds sees of a round, which carries the model once
                down and once up for tau * d samples
 
-What is uncertain: all probes share the server's link, in a round only those of the chosen workers do, so that where the
-server's link is the narrow one transfer seems slower than it will be. A federated probe is much smaller than the model:
-latency counts for more in it.
+What is uncertain: the probes that are under way share the server's link, in a round only the chosen workers do, so that
+where the server's link is the narrow one transfer seems slower than it will be. A federated probe is much smaller than
+the model: latency counts for more in it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
@@ -44,6 +49,10 @@ from ps.waiting import wait_for_answers
 # all fixed cost for the fastest. [ours]
 SURVEY_SAMPLES = 8
 FEDERATED_PROBE_BYTES = 1 << 16  # about; a probe stands for whole samples [ours]
+# Of those that are asked and have not reported: their probes, or echoes, together; a quarter of a second at 1 Gb/s. But
+# no fewer workers than that: slow ones among them, which keep their place for long, must not stop the survey. [ours]
+MAX_BYTES_AT_ONCE = 1 << 25
+MIN_WORKERS_AT_ONCE = 100
 
 log = logging.getLogger("ps")
 
@@ -82,7 +91,7 @@ class Questions:
 
 
 class FleetSurvey:
-    """Asks all workers that are here and have samples, and teaches the fleet what they report.
+    """Asks the workers that are here and have samples, and teaches the fleet what they report.
 
     Args:
         questions: what they are asked.
@@ -101,6 +110,8 @@ class FleetSurvey:
             part_bytes(num_bytes, questions.num_probe_samples, questions.parts_per_step)
             for num_bytes in (questions.probe_bytes, questions.echo_bytes)
         )
+        largest_bytes = max(questions.probe_bytes, questions.echo_bytes, 1)
+        self._num_at_once = max(MAX_BYTES_AT_ONCE // largest_bytes, MIN_WORKERS_AT_ONCE)
         self._every_rounds = control.survey_every_rounds
         self._deadline_seconds = control.survey_deadline_seconds
         self._fleet = fleet
@@ -114,15 +125,27 @@ class FleetSurvey:
     def take(self, round_num: int) -> None:
         """One survey; no round may be under way. Raises InterruptedRunError."""
         asked = {member.worker_id: member for member in self._fleet.available() if member.num_samples}
-        wire_round_num = wire_round(round_num, SURVEY_ATTEMPT)
+        to_ask = deque(asked.values())
+        if len(to_ask) > self._num_at_once:  # the last ones may have to wait for the next survey
+            to_ask.rotate(-(round_num // self._every_rounds) * self._num_at_once)
+        question = Survey(wire_round(round_num, SURVEY_ATTEMPT), **asdict(self._questions))
         reports: dict[str, Report] = {}
-        waiting, num_removed = dict(asked), -1
+        waiting: dict[str, Member] = {}
+        num_removed = self._fleet.num_removed
+        end_seconds = self._clock.now_seconds() + self._deadline_seconds
+
+        def ask() -> None:
+            while to_ask and len(waiting) < self._num_at_once and self._clock.now_seconds() < end_seconds:
+                member = to_ask.popleft()
+                if self._switchboard.send(member, question):
+                    waiting[member.worker_id] = member
 
         def missing() -> Collection[Member]:  # at every message: little work, however many workers there are
             nonlocal waiting, num_removed
             if self._fleet.num_removed != num_removed:
                 num_removed = self._fleet.num_removed
                 waiting = {name: member for name, member in waiting.items() if member.gone_reason is None}
+            ask()
             return waiting.values()
 
         def take(member: Member, message: RoundMessage) -> None:
@@ -134,18 +157,20 @@ class FleetSurvey:
                 reports[member.worker_id] = message
                 waiting.pop(member.worker_id, None)
 
-        for member in asked.values():
-            self._switchboard.send(member, self._question(wire_round_num))
         wait_for_answers(self._switchboard, self._clock, self._deadline_seconds, missing, take)
         for member in list(missing()):
-            self._release(member, wire_round_num)
+            self._release(member, question.round_num)
+        if to_ask:
+            log.warning(
+                "%d of %d workers were not asked within %g s (control.survey_deadline_seconds) and keep their "
+                "estimates: raise it if all should be asked in every survey",
+                len(to_ask),
+                len(asked),
+                self._deadline_seconds,
+            )
         for name in asked:  # by worker_id, not by arrival
             if name in reports:
                 self._teach(name, reports[name])
-
-    def _question(self, wire_round_num: int) -> Survey:
-        asked = self._questions
-        return Survey(wire_round_num, **asdict(asked))
 
     def _echo(self, member: Member, probe: Probe) -> None:
         """Answers with as much as a gradient or a model would be, if what has come is as much as was asked for."""

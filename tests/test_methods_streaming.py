@@ -151,6 +151,10 @@ def network(*above: nn.Module) -> SplitModel:
     return SplitModel(nn.Sequential(nn.Sequential(nn.Linear(4, 6)), nn.Sequential(*above, nn.Linear(6, 3))), "0")
 
 
+def network_below(layer: nn.Module) -> SplitModel:
+    return SplitModel(nn.Sequential(nn.Sequential(nn.Linear(4, 6), layer), nn.Linear(6, 3)), "0")
+
+
 STREAMING = {"mergesfl", "mergesfl+", "minibatch-sfl", "gpsl", "splitfed-v1", "smofi"}
 
 
@@ -164,12 +168,28 @@ def test_who_streams(method: str) -> None:
         check_streaming(method, network(), SETTINGS)
 
 
+def instance_norm(track_running_stats: bool) -> nn.Module:
+    """One channel of six values: (d, 6) -> (d, 6)."""
+    norm = nn.InstanceNorm1d(1, track_running_stats=track_running_stats)
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), norm, nn.Flatten())
+
+
+MIXING = [(nn.BatchNorm1d(6), "BatchNorm1d"), (instance_norm(True), "InstanceNorm1d")]
+
+
 @pytest.mark.parametrize("method", ["mergesfl", "mergesfl+", "minibatch-sfl", "gpsl"])
-def test_batch_norm_in_a_merged_top_is_refused_with_the_next_step(method: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"cut '0' holds batch-norm, .* set training.merge = 'barrier', or cut behind"
-    ):
-        check_streaming(method, network(nn.BatchNorm1d(6)), SETTINGS)
+@pytest.mark.parametrize(("layer", "kind"), MIXING)
+def test_batch_statistics_in_a_merged_top_are_refused_with_the_next_step(
+    method: str, layer: nn.Module, kind: str
+) -> None:
+    text = rf"cut '0' holds the layer '1.*' \({kind}\), .* set training.merge = 'barrier', or cut behind"
+    with pytest.raises(ConfigError, match=text):
+        check_streaming(method, network(layer), SETTINGS)
+
+
+def test_instance_norm_without_running_statistics_is_no_obstacle() -> None:
+    check_streaming("mergesfl", network(instance_norm(False)), SETTINGS)
+    check_parts(network_below(instance_norm(False)), 2)
 
 
 def test_batch_norm_in_a_top_for_each_worker_is_no_obstacle() -> None:
@@ -261,15 +281,40 @@ def test_a_top_of_its_own_counts_what_was_fed_of_a_lost_worker_by_hand() -> None
     assert trainer.end_step() == pytest.approx(loss_nats, abs=1e-6)
 
 
-def test_a_bottom_with_batch_norm_is_refused_in_parts_with_the_next_step() -> None:
-    cut = SplitModel(nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), nn.Linear(6, 3)), "0")
-    check_parts(cut, 1)
-    check_parts(network(nn.BatchNorm1d(6)), 4)  # above the cut: check_streaming says what there is to say
-    with pytest.raises(
-        ConfigError,
-        match=r"parts_per_step = 2, but the bottom before the cut '0' holds batch-norm, .* = 1, or cut before",
-    ):
-        check_parts(cut, 2)
+@pytest.mark.parametrize(("layer", "kind"), MIXING)
+def test_halves_with_batch_statistics_are_refused_in_parts_with_the_next_step(layer: nn.Module, kind: str) -> None:
+    check_parts(network_below(layer), 1)
+    check_parts(network(layer), 1)
+    below = rf"the bottom before the cut '0' holds the layer '0\.1.*' \({kind}\)"
+    with pytest.raises(ConfigError, match=rf"parts_per_step = 2, but {below}, .* = 1, or cut before the first"):
+        check_parts(network_below(layer), 2)
+    above = rf"the top after the cut '0' holds the layer '1\.0.*' \({kind}\)"
+    with pytest.raises(ConfigError, match=rf"parts_per_step = 4, but {above}, .* = 1, or cut behind the last"):
+        check_parts(network(layer), 4)
+
+
+def test_a_top_of_its_own_with_batch_norm_would_send_other_gradients_in_parts() -> None:
+    """Why it is refused, although such a top may stream."""
+    found = []
+    for parts_per_step in (1, 2):
+        torch.manual_seed(0)
+        trainer = TopPerWorker(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)))
+        trainer.open(["b"], 0.3)
+        trainer.begin_step({"b": 4}, seed=0, in_order=False)
+        pieces = in_parts_of(features_of(0)["b"], parts_per_step)
+        found.append(torch.cat([trainer.feed([piece])[0] for piece in pieces]))
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+
+
+def test_running_statistics_of_instance_norm_differ_in_parts() -> None:
+    """Why they are refused: the samples do not depend on each other, but each forward moves the statistics."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    whole, parts = instance_norm(True), instance_norm(True)
+    z = whole(x)
+    torch.testing.assert_close(torch.cat([parts(x[:2]), parts(x[2:])]), z)
+    means = [next(half.buffers()) for half in (whole, parts)]
+    assert not torch.allclose(means[0], means[1], rtol=1e-3)
 
 
 # The worker's side.

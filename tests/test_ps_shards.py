@@ -160,6 +160,6 @@ def test_rows_are_shared_out_evenly() -> None:
 
 def test_batch_norm_in_the_top_is_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"layer '1' of the top is a BatchNorm1d.*behind the last batch-norm"):
+    with pytest.raises(ConfigError, match=r"the top holds the layer '1' \(BatchNorm1d\).*behind the last such layer"):
         require_shardable(SplitModel(net, "0").top)
     require_shardable(SplitModel(copy.deepcopy(net), "1").top)  # behind it

@@ -657,8 +657,8 @@ def test_what_parts_would_change_is_refused_before_anything_starts(
         small_config(tmp_path, TWO)
     with pytest.raises(ConfigError, match="'splitfed-v2' needs all features"):
         run_of(small_config(tmp_path, FAST, TWO, "method.name=splitfed-v2"))
-    monkeypatch.setattr(split_program, "has_batch_norm", lambda module: True)
-    with pytest.raises(ConfigError, match=r"training.parts_per_step = 2, but the bottom .* holds batch-norm"):
+    monkeypatch.setattr(split_program, "layer_with_batch_statistics", lambda module: ("norm", "BatchNorm2d"))
+    with pytest.raises(ConfigError, match=r"training.parts_per_step = 2, but the bottom .* holds the layer 'norm'"):
         run_of(small_config(tmp_path, FAST, TWO))
 
 

@@ -327,6 +327,45 @@ def test_when_all_are_late_the_round_waits_until_a_quorum_is_heard(tmp_path: Pat
     assert line["round_seconds"] == pytest.approx(7.0)
 
 
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps.survey.MAX_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr("ps.survey.MIN_WORKERS_AT_ONCE", 1)
+
+
+def test_of_a_large_fleet_the_next_is_asked_when_a_report_is_in_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One at a time, 4 s in all: worker-00 takes 3 s, worker-01 is asked then, takes 2 s and is late, worker-02 is not
+    asked. It is in the round, and takes its time over it, so that worker-01 is heard; the next survey begins there."""
+    one_at_a_time(monkeypatch)
+    config = small_config(tmp_path, ALL, f"{KEY}=1", "control.survey_deadline_seconds=4.0", "training.num_rounds=2")
+    cluster = ScriptedCluster(config)
+    cluster["worker-00"].script = on(Report, late(3.0))
+    cluster["worker-01"].script = on(Report, late(2.0))
+    cluster["worker-02"].script = at(0, None, late(3.0))
+    cluster.run()
+    names = {worker.endpoint._peer: worker.worker_id for worker in cluster.workers}
+    asked = [names[one.peer] for one in cluster.endpoint.log if isinstance(one.message, Survey)]
+    assert asked == ["worker-00", "worker-01", "worker-01", "worker-02", "worker-00"]
+    first, _ = journal_of(config)
+    assert (first["survey_seconds"], first["worker_ids"]) == (pytest.approx(4.0), ["worker-00", "worker-02"])
+    assert "1 of 3 workers were not asked within 4 s (control.survey_deadline_seconds)" in caplog.text
+    assert cluster["worker-02"].told(Release) == []
+
+
+def test_of_a_large_fleet_another_is_asked_in_place_of_one_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_at_a_time(monkeypatch)
+    config = small_config(tmp_path, ALL, EVERY, "control.survey_deadline_seconds=60.0", "training.num_rounds=1")
+    cluster = ScriptedCluster(config)
+    cluster["worker-00"].script = on(Probe, lambda worker, answer: worker.vanish())
+    cluster.run()
+    (line,) = journal_of(config)
+    assert 0.0 < line["survey_seconds"] <= 2.0
+    assert estimates_of(config).keys() == {"worker-01", "worker-02"}
+
+
 def test_who_dies_in_the_survey_is_noticed_long_before_the_deadline(tmp_path: Path) -> None:
     def vanish(worker: ScriptedWorker, answer: Message) -> None:
         worker.vanish()

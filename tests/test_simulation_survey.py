@@ -87,6 +87,26 @@ def test_a_survey_in_parts_tells_what_the_round_then_shows(
     assert line["observed_seconds"][0] - line["predicted_seconds"][0] == pytest.approx(OVERHEAD_SECONDS, abs=0.01)
 
 
+def test_a_fleet_too_large_for_the_servers_link_is_surveyed_as_far_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve workers, a server of 0.1 Mb/s: a probe or an echo takes 0.33 s of its link, so that at once all twelve are
+    through with both after 8 s, and none before 6 s. Two at a time each takes twice as long as alone and its computing,
+    1.7 s at most, so that after 6 s at least the sixth has reported."""
+    monkeypatch.setattr("ps.survey.MAX_BYTES_AT_ONCE", 1)
+    slow = ("method.name=adasfl", "control.participants_per_round=1", "simulation.ps_link_mbit_per_second=0.1", EVERY)
+    num_known = {}
+    for num_at_once in (100, 2):
+        monkeypatch.setattr("ps.survey.MIN_WORKERS_AT_ONCE", num_at_once)
+        settings = (f"name=by-{num_at_once}", "control.survey_deadline_seconds=6.0", "training.num_rounds=1")
+        config = config_of(tmp_path, *slow, *settings, num_workers=12)
+        play(config)
+        assert journal_of(config)[0]["survey_seconds"] == pytest.approx(6.0)
+        num_known[num_at_once] = len(checkpoint_of(config).state["fleet"]["estimates"]["workers"])
+    assert num_known[100] == 1  # the one that took part in the round
+    assert num_known[2] >= 6
+
+
 def test_the_speeds_of_those_who_were_never_chosen_are_known(tmp_path: Path) -> None:
     """Three rounds of one worker each, in a fleet of six."""
     every = ("method.name=adasfl", "control.participants_per_round=1")

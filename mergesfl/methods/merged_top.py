@@ -17,7 +17,7 @@ from mergesfl.methods.split_program import seed_of_turn
 from mergesfl.training.dropout import has_dropout, seed_dropout
 from mergesfl.training.merging import OpenStep, merged_step
 from mergesfl.training.momentum import checked_copy, make_momentum_sgd, put_buffers, take_buffers, zero_buffers
-from mergesfl.training.singles import has_batch_norm
+from mergesfl.training.singles import layer_with_batch_statistics
 from mergesfl.training.split import SplitModel
 
 
@@ -106,14 +106,18 @@ class MergedTop:
 
 
 def check_streaming_merge(network: SplitModel, settings: MethodSettings) -> None:
-    """Raises ConfigError where the merged step needs all D samples at once: batch-norm, logit adjustment."""
+    """Raises ConfigError where the merged step needs all D samples at once: batch-norm, instance-norm with running
+    statistics, logit adjustment."""
     if settings.logit_adjustment:
         raise ConfigError(
             "method.logit_adjustment = true adjusts the loss by the labels of the whole merged batch, which are not "
             "known before the last worker answers: set training.merge = 'barrier', or method.logit_adjustment = false"
         )
-    if has_batch_norm(network.top):
+    layer = layer_with_batch_statistics(network.top)
+    if layer is not None:
+        name, kind = layer
         raise ConfigError(
-            f"the top after the cut '{network.cut}' holds batch-norm, whose statistics are those of the whole merged "
-            "batch: set training.merge = 'barrier', or cut behind the last batch-norm (model.cut, see `mergesfl cuts`)"
+            f"the top after the cut '{network.cut}' holds the layer '{name}' ({kind}), whose statistics are those of "
+            "the whole merged batch: set training.merge = 'barrier', or cut behind the last such layer (model.cut, see "
+            "`mergesfl cuts`)"
         )

@@ -35,7 +35,7 @@ from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
-from mergesfl.training.singles import forward_any, has_batch_norm
+from mergesfl.training.singles import forward_any, layer_with_batch_statistics
 from mergesfl.training.split import SplitModel
 
 
@@ -224,13 +224,20 @@ def seed_of_part(seed: int, part: int) -> int:
 
 
 def check_parts(network: SplitModel, parts_per_step: int) -> None:
-    """Raises ConfigError where a bottom that sees a batch in parts would compute something else: batch-norm."""
-    if parts_per_step > 1 and has_batch_norm(network.bottom):
-        raise ConfigError(
-            f"training.parts_per_step = {parts_per_step}, but the bottom before the cut '{network.cut}' holds "
-            "batch-norm, whose statistics are those of the whole batch: set training.parts_per_step = 1, or cut before "
-            "the first batch-norm (model.cut, see `mergesfl cuts`)"
-        )
+    """Raises ConfigError where a bottom or a top that sees a batch in parts would compute something else: batch-norm,
+    or instance-norm with running statistics."""
+    if parts_per_step == 1:
+        return
+    halves = (("bottom before", "before the first", network.bottom), ("top after", "behind the last", network.top))
+    for half, where, module in halves:
+        layer = layer_with_batch_statistics(module)
+        if layer is not None:
+            name, kind = layer
+            raise ConfigError(
+                f"training.parts_per_step = {parts_per_step}, but the {half} the cut '{network.cut}' holds the layer "
+                f"'{name}' ({kind}), whose statistics are those of the whole batch: set training.parts_per_step = 1, "
+                f"or cut {where} such layer (model.cut, see `mergesfl cuts`)"
+            )
 
 
 def work(model: SplitModel, assignment: Assignment, batches: Batches, exchange: Exchange) -> WorkResult:

@@ -21,9 +21,16 @@ def forward_any(module: nn.Module, x: Tensor) -> Tensor:
     return _tensor(module(torch.cat([x, x])))[:1]
 
 
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether one of its parts normalises with statistics of the batch: then samples depend on each other."""
-    return any(isinstance(part, _BatchNorm) for part in module.modules())
+def layer_with_batch_statistics(module: nn.Module) -> tuple[str, str] | None:
+    """Name and kind of its first layer that computes something else when a batch comes in parts, if there is one.
+
+    Batch-norm makes samples depend on each other; instance-norm does not, but its running statistics, if it has any,
+    move once per forward.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) or getattr(layer, "track_running_stats", False):
+            return name, type(layer).__name__
+    return None
 
 
 def _has_training_batch_norm(module: nn.Module) -> bool:
