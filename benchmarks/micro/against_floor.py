@@ -120,9 +120,9 @@ def main(
     transports: Annotated[str, typer.Option(help="of memory, ipc, tcp")] = "memory,ipc,tcp",
     data: Annotated[Path | None, typer.Option(help="folder of data sets, for har; else drawn")] = None,
     workers: Annotated[int, typer.Option(help="workers, all of them in every round")] = 10,
-    batch: Annotated[int, typer.Option(help="samples per worker and step")] = 16,
-    steps: Annotated[int, typer.Option(help="steps per round")] = 10,
-    rounds: Annotated[int, typer.Option(help="counted rounds per repeat")] = 3,
+    batch: Annotated[int, typer.Option(help="samples per worker and step; the default is the paper's code's")] = 64,
+    steps: Annotated[int, typer.Option(help="steps per round")] = 4,
+    rounds: Annotated[int, typer.Option(help="counted rounds per repeat")] = 2,
     repeats: Annotated[int, typer.Option(help="repeats")] = 3,
 ) -> None:
     """Prints the table."""
