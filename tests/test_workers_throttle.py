@@ -16,13 +16,17 @@ from mergesfl.protocol.messages import Assign, Features, Goodbye, Gradient, Mess
 from mergesfl.protocol.session import Arrival, Role, Session
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.emulation import SMALL_MESSAGE_BYTES, EmulatedDevice
+from mergesfl.simulation.events import EventLoop
+from mergesfl.simulation.network import Link as SimulatedLink
+from mergesfl.simulation.network import SharedPipe
 from mergesfl.transport import bind, connect
 from mergesfl.transport.base import Frames
 from tests.memory_cluster import FEATURE_SHAPE, HandClock, registration, welcome
 from tests.test_runtime_emulation import STEADY, changed
+from workers.__main__ import make_pace, throttled
 from workers.exchange import TimedExchange
 from workers.link import Link, RoundReleasedError, RunFinishedError
-from workers.pace import EmulatedPace
+from workers.pace import EmulatedPace, Stretch
 from workers.throttle import MAX_QUEUED_MESSAGES, RETRY_SECONDS, EmulatedLink, ThrottledEndpoint
 
 HALF_SECOND: list[bytes] = [b"head", bytes(499_996)]  # 500,000 bytes
@@ -229,6 +233,32 @@ def test_every_large_message_draws_a_jitter_of_its_own() -> None:
     assert len(set(factors)) == 3
 
 
+def test_messages_arrive_when_they_do_in_the_simulation() -> None:
+    """The same twelve messages at the same times, with the same jitters; the server's capacity is no limit. Small ones
+    are sent while the link stands: behind a large one the simulation carries their bytes, too."""
+    rng = np.random.default_rng(0)
+    seconds, sizes = np.sort(rng.uniform(0.1, 4.0, 9)), rng.integers(100_000, 900_000, 9)
+    messages = [(0.01, 4096), *zip(seconds.tolist(), sizes.tolist(), strict=True), (20.0, 4096), (20.1, 5000)]
+    bench, twin = Bench(link_jitter=0.3), EmulatedDevice(changed(link_jitter=0.3), 0, "a")
+    bench.register()
+    for at_seconds, num_bytes in messages:
+        bench.link.sleep(at_seconds - bench.clock.seconds)
+        assert bench.endpoint.send([bytes(num_bytes)])
+    bench.link.sleep(10.0)
+    loop, simulated_seconds = EventLoop(), []
+    link, pipe = SimulatedLink(twin), SharedPipe(loop, 1e12)
+
+    def simulate() -> None:
+        for at_seconds, num_bytes in messages:
+            loop.sleep(at_seconds - loop.now_seconds())
+            pipe.send(link, num_bytes, lambda: simulated_seconds.append(loop.now_seconds()))
+        loop.sleep(10.0)
+
+    loop.run(simulate)
+    assert len(simulated_seconds) == len(messages)
+    assert [seconds for seconds, _ in bench.wire.sent] == pytest.approx(simulated_seconds)
+
+
 def test_no_more_than_the_parts_of_one_step_wait(bench: Bench) -> None:
     """Eight are on their way; there is room for another when the first has arrived, at 0.503 s."""
     for _ in range(MAX_QUEUED_MESSAGES):
@@ -314,6 +344,22 @@ def test_the_clock_of_a_link_moves_the_present_connection_and_goes_on_without_on
         link.sleep(1.0)
         assert clock.seconds == pytest.approx(begin_seconds + 2.0)
         assert wire.num_calls == num_calls
+
+
+def test_the_pace_of_an_emulated_worker_moves_its_link() -> None:
+    """As the command line wires them: a stretch of 0.25 + 50 * 1e6 / 1e8 = 0.75 s, and meanwhile half a second up."""
+    clock = HandClock()
+    wire, device = Wire(clock), EmulatedDevice(STEADY, 0, "a")
+    opener, pace_clock = throttled(lambda: wire, clock, device)
+    pace = make_pace(pace_clock, 1.0, None, None, device)
+    pace.begin_round(0, lambda: WorkFlops(forward_flops_per_sample=1e6, backward_flops_per_sample=2e6))
+    endpoint = opener()
+    assert endpoint.send(SMALL) and endpoint.send(HALF_SECOND)
+    begin_seconds = clock.seconds
+    pace.throttle(0.0, Stretch(num_forward_samples=50))
+    assert clock.seconds == pytest.approx(begin_seconds + 0.75)
+    assert wire.sent[1] == (pytest.approx(begin_seconds + 0.503), HALF_SECOND)
+    assert throttled(opener, clock, None) == (opener, clock)
 
 
 def working(bench: Bench, num_parts: int = 1) -> Link:
@@ -464,6 +510,12 @@ def test_over_a_real_socket_a_transfer_takes_at_least_bytes_over_rate_in_both_di
         assert arrived is not None
         peer, heard = arrived
         assert [bytes(frame) for frame in heard] == frames
+        begin_seconds = clock.now_seconds()
+        assert worker.send(frames)
+        assert server.recv(0.0) is None
+        worker.sleep(0.4)
+        assert server.recv(30.0) is not None
+        assert clock.now_seconds() - begin_seconds >= 0.4
         begin_seconds = clock.now_seconds()
         server.send(peer, frames)
         back = None
