@@ -93,10 +93,10 @@ class ThrottledEndpoint:
         self._is_closed = False
 
     def send(self, frames: Frames) -> bool:
-        """Puts one message on its way up, large frames lent; False when the queue is full or what should have left
-        cannot for want of a connection (try again).
+        """Puts one message on its way up, large frames lent; False (try again): too many are, or no connection now.
 
-        The first message waits here until it has left, for nobody knows yet whether there is a connection.
+        The first message waits here until it has left, for nobody knows yet whether there is a connection. Later it
+        shows when something that should leave cannot.
         """
         self.sleep(0.0)
         if not self._is_connected and not self._up:
