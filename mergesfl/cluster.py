@@ -181,13 +181,14 @@ def _run_threads(scene: Scene, partition: Partition, resume: bool, check: Callab
     for index, share in enumerate(partition.assignments):
         name = worker_name(index)
         emulated = EmulatedDevice(load_profile(profiles[index]), scene.config.seed, name) if profiles else None
+        connect, pace_clock = throttled(hub.worker, clock, emulated)
         daemon = Daemon(
             DaemonSettings(name, once=True),
-            throttled(hub.worker, clock, emulated),
+            connect,
             share_of(scene.dataset, share),
             device,
             clock,
-            make_pace(clock, *pace_of(scene.config, index), emulated),
+            make_pace(pace_clock, *pace_of(scene.config, index), emulated),
             stop.is_set,
         )
         threads.append(threading.Thread(target=daemon.run, name=name, daemon=True))

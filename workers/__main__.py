@@ -21,11 +21,11 @@ from mergesfl.transport.base import WorkerEndpoint
 from workers.daemon import Daemon, DaemonSettings
 from workers.local_data import load_local_data
 from workers.pace import DeclaredPace, EmulatedPace, MeasuredPace, Pace
-from workers.throttle import ThrottledEndpoint
+from workers.throttle import EmulatedLink
 
 
 def make_pace(
-    clock: WallClock,
+    clock: Clock,
     slowdown: float,
     compute_seconds_per_sample: float | None,
     transfer_seconds_per_sample: float | None,
@@ -55,9 +55,12 @@ def make_pace(
 
 def throttled(
     connect: Callable[[], WorkerEndpoint], clock: Clock, device: EmulatedDevice | None
-) -> Callable[[], WorkerEndpoint]:
-    """What opens a connection at the rate of this device; None: at the rate that there is."""
-    return connect if device is None else lambda: ThrottledEndpoint(connect(), clock, device)
+) -> tuple[Callable[[], WorkerEndpoint], Clock]:
+    """What opens a connection at the rate of this device, and the clock of its pace; None: those that there are."""
+    if device is None:
+        return connect, clock
+    link = EmulatedLink(connect, clock, device)
+    return link.connect, link
 
 
 def worker(
@@ -99,12 +102,12 @@ def worker(
         clock = WallClock()
         name = worker_id or socket.gethostname()
         emulated = EmulatedDevice(load_profile(profile), emulation_seed, name) if profile else None
+        opener, pace_clock = throttled(lambda: connect_to(connect), clock, emulated)
         pace = make_pace(
-            clock, slowdown, declared_compute_seconds_per_sample, declared_transfer_seconds_per_sample, emulated
+            pace_clock, slowdown, declared_compute_seconds_per_sample, declared_transfer_seconds_per_sample, emulated
         )
         set_threads(threads)
         data = load_local_data(dataset, partition, index, image_size_pixels)
-        opener = throttled(lambda: connect_to(connect), clock, emulated)
         Daemon(DaemonSettings(name, once), opener, data, resolve_device(device), clock, pace, stop.is_set).run()
 
     run_and_exit(command)

@@ -106,7 +106,7 @@ class EmulatedPace:
 
     Args:
         device: whose speed it is; a round of the pace is a round of the device.
-        clock: what is slept on.
+        clock: what is slept on; of a throttled worker its link (workers/throttle.py), which moves meanwhile.
     """
 
     def __init__(self, device: EmulatedDevice, clock: Clock) -> None:

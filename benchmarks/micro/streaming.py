@@ -9,8 +9,9 @@ and from its update to the last one) and the mean of the last three evaluated ac
 stragglers that differ from step to step; a worker that is the slowest in every step costs the same either way. What
 steps in parts save is the slowest worker's own step, whose ways up and down then overlap: of at most half of it.
 
-Simulated, unless --real: then the workers are throttled processes (benchmarks/configs/throttled.toml). Their emulated
-links hold a worker's computing up while it sends, so steps in parts gain less there, and are played only if asked for.
+Simulated, unless --real: then the workers are throttled processes (benchmarks/configs/throttled.toml), whose emulated
+links carry messages while the emulated devices compute, as in the simulation. They take as long as real devices would,
+so steps in parts are played there only if asked for (--parts).
 """
 
 from __future__ import annotations
