@@ -1,13 +1,13 @@
 """The floor in processes: its steps with every bottom in a worker process, and nothing between but bare pyzmq.
 
 What a run over sockets costs beyond this is the framework; what this costs beyond the floor is that eleven processes
-take turns: copies through the kernel, wake-ups, and caches that are full of the others. Whatever arrives is believed,
-nobody is late, nothing is counted. `python -m benchmarks.micro.bare CONFIG.json ADDRESS INDEX` is one worker.
+take turns: messages through the kernel, wake-ups, and caches that are full of the others. Whatever arrives is believed,
+nobody is late, nothing is counted. Only a gradient is copied once more than it must be, into memory that torch aligns.
+ `python -m benchmarks.micro.bare CONFIG.json ADDRESS INDEX` is one worker.
 """
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,8 @@ from mergesfl.processes import local_address, worker_name
 
 Frames = Sequence[zmq.Frame]
 
+SILENT_MILLISECONDS = 600_000  # then somebody has died, and the benchmark ends with an error
+
 
 def run_bare(
     config: RunConfig, dataset: Dataset, rounds: Sequence[PlayedRound], after_round: Callable[[Sequence[int]], None]
@@ -35,6 +37,7 @@ def run_bare(
     with local_address(config.cluster.transport) as address, tempfile.TemporaryDirectory() as folder:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.RCVTIMEO, SILENT_MILLISECONDS)
         socket.bind(address)
         path = Path(folder) / "config.json"
         path.write_text(config.model_dump_json())
@@ -72,12 +75,12 @@ def _serve(
         for step in range(config.training.local_steps):
             sent = _gathered(socket, names)
             sizes = zip(sent, played.batch_sizes, strict=True)
-            features = [_tensor(one[0], (d, *shape), torch.float32) for one, d in sizes]  # (d_i, F...)
-            labels = [torch.frombuffer(one[1].buffer, dtype=torch.int64) for one in sent]  # (d_i,)
+            features = [_viewed(one[0], (d, *shape), torch.float32) for one, d in sizes]  # (d_i, F...)
+            labels = [_viewed(one[1], (d,), torch.int64) for one, d in zip(sent, played.batch_sizes, strict=True)]
             for name, gradient in zip(names, top.step(step, features, labels), strict=True):
                 socket.send_multipart([name, _bytes_of(gradient)], copy=False)
         states = [
-            {key: _tensor(frame, like.shape, like.dtype) for (key, like), frame in zip(state.items(), one, strict=True)}
+            {key: _viewed(frame, like.shape, like.dtype) for (key, like), frame in zip(state.items(), one, strict=True)}
             for one in _gathered(socket, names)
         ]
         network.bottom.load_state_dict(mean(states, played.batch_sizes))
@@ -100,11 +103,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return plain.contiguous().numpy().reshape(-1).data
 
 
-def _tensor(frame: zmq.Frame, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What `_bytes_of` made of it, in memory of its own that torch has aligned."""
-    flat = torch.empty(math.prod(shape), dtype=dtype)
-    array = flat.numpy()
-    np.copyto(array, np.frombuffer(frame.buffer, array.dtype))
+def _viewed(frame: zmq.Frame, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What `_bytes_of` made of it, in the frame's own memory."""
+    flat = torch.frombuffer(frame.buffer, dtype=dtype)
     if len(shape) != 4:
         return flat.reshape(tuple(shape))
     n, c, h, w = shape
@@ -122,6 +123,7 @@ def main() -> None:
     rows = shares(config, dataset)[name]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RCVTIMEO, SILENT_MILLISECONDS)
     socket.setsockopt(zmq.ROUTING_ID, name.encode())
     socket.connect(address)
     socket.send(b"here")
@@ -130,14 +132,14 @@ def main() -> None:
         round_num, d = np.frombuffer(numbers.buffer, np.int64).tolist()
         state = side.bottom.state_dict().items()
         side.bottom.load_state_dict(
-            {key: _tensor(frame, like.shape, like.dtype) for (key, like), frame in zip(state, frames, strict=True)}
+            {key: _viewed(frame, like.shape, like.dtype) for (key, like), frame in zip(state, frames, strict=True)}
         )
         side.begin(round_num, name, rows, d)
         for step in range(config.training.local_steps):
             features, labels = side.forward(step)
             socket.send_multipart([_bytes_of(features), labels.numpy().data], copy=False)
             (gradient,) = socket.recv_multipart(copy=False)
-            side.backward(_tensor(gradient, features.shape, features.dtype))
+            side.backward(_viewed(gradient, features.shape, features.dtype).clone())
         socket.send_multipart([_bytes_of(tensor) for tensor in side.bottom.state_dict().values()], copy=False)
 
 

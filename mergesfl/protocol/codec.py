@@ -5,7 +5,7 @@
                  or channels_last: those of shape (n, c, h, w) in the order of (n, h, w, c)
 
 The values are those of the message's fields that are no tensors, in the order of its record. Specs and small are bytes:
-what the tensors are, and the elements of the first that are small, each padded to a multiple of 8 bytes
+what the tensors are, and the elements of those, in their order, that still fit in, each padded to a multiple of 8 bytes
 (mergesfl/protocol/layout.py). Two rules:
 
 1. Whatever bytes arrive, `decode` returns a message or raises RemoteProtocolError, and holds memory in proportion to
@@ -17,6 +17,7 @@ No pickle, no msgpack extension types, no object or complex arrays. [ours]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields as record_fields
 from operator import attrgetter
@@ -131,7 +132,10 @@ def _format_of(kind: str, record: type[Message]) -> _Format:
 _FORMATS = {kind: _format_of(kind, record) for kind, record in KINDS.items()}
 _FORMAT_OF = {form.record: form for form in _FORMATS.values()}
 
-_PACK = msgpack.Packer(use_bin_type=True).pack  # one for all: to make one costs more than to use it
+# One packer for all, because to make one costs more than to use it: a call of the one in C holds the interpreter's lock
+# throughout. msgpack's fallback in Python does not, and threads would write into each other's message.
+_IS_FALLBACK = msgpack.Packer.__module__ == "msgpack.fallback"
+_PACK = functools.partial(msgpack.packb, use_bin_type=True) if _IS_FALLBACK else msgpack.Packer(use_bin_type=True).pack
 
 
 def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
@@ -279,8 +283,8 @@ def _named(field: str, rule: Rule, value: object, limits: Limits) -> object:
 
 
 def _check_sizes(num_frames: int, header_bytes: int, num_bytes: int, limits: Limits) -> None:
-    if not 1 <= num_frames <= 1 + limits.max_tensors:
-        raise IllegalValue(f"message of {num_frames} frames, expected 1 to {1 + limits.max_tensors}")
+    if not 1 <= num_frames <= limits.max_frames:
+        raise IllegalValue(f"message of {num_frames} frames, expected 1 to {limits.max_frames}")
     if header_bytes > limits.max_header_bytes:
         raise IllegalValue(f"header of {header_bytes} bytes, the limit is {limits.max_header_bytes}")
     if num_bytes > limits.max_message_bytes:

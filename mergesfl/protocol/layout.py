@@ -24,7 +24,8 @@ INLINE_BYTES = 1 << 14
 # In the header each begins at a multiple of this: what every element type needs, and msgpack hands the bytes out so.
 _ALIGNMENT_BYTES = 8
 
-# Layouts that are kept, of so many tensors and bytes of specs each: enough for all messages but states; 10 MiB at most.
+# Layouts that are kept, sent ones of so many tensors and received ones of so many bytes of specs each: enough for all
+# messages but states; 10 MiB at most.
 NUM_KEPT = 128
 MAX_KEPT_TENSORS = 16
 MAX_KEPT_BYTES = 1024

@@ -19,7 +19,7 @@ class Limits:
             10 MiB. Not derived from the run: the endpoint is bound before the run is known.
         max_header_bytes: the msgpack frame. 4096 tensors at 128 bytes each make 512 KiB. Parsing costs at most about
             64 bytes of memory per byte of header (an empty list), so 1 MiB is at most 64 MiB for a moment.
-        max_tensors: tensors (= frames after the header) of one message. ResNet-152 has 932 parameters and buffers.
+        max_tensors: tensors of one message, in the header or in frames. ResNet-152 has 932 parameters and buffers.
         max_tensor_rank: dimensions of a tensor; a batch of 3-d images has 5.
         max_name_length: characters of a tensor name, a key. File names end at 255.
         max_worker_id_length: characters of a worker id. A host name has at most 64 on Linux; ids stand in tables and on

@@ -206,7 +206,7 @@ class Session:
         objection = self._take(self._other, message)
         if not objection:
             return Arrival.FRESH
-        if self._is_stale(message):  # what is stale is never legal: its round is over
+        if self._is_stale(message):  # what is stale is never legal: its round, or the session, is over
             return Arrival.STALE
         raise RemoteProtocolError(objection)
 

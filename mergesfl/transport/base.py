@@ -1,8 +1,7 @@
 """What an endpoint can do, whatever carries the frames: TCP and IPC (zeromq.py) or queues in one process (memory.py).
 
 A message on the wire is a list of frames: bytes-like objects, the header first (see mergesfl.protocol.codec). Small
-frames are copied when they are sent; large ones are LENT, by every transport: whoever sends them never changes their
-memory again.
+frames are copied when they are sent; large ones may be LENT: whoever sends them never changes their memory again.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from mergesfl.protocol.layout import Frame, frame_bytes
 
 Frames = Sequence[Frame]
 
-LEND_BYTES = 1 << 16  # frames of this size and more are lent: zmq.COPY_THRESHOLD, where pyzmq measured the break-even
+LEND_BYTES = 1 << 16  # frames of this size and more may be lent, and are within one process [ours]
 
 
 def carried(frame: Frame) -> Frame:
@@ -30,7 +29,7 @@ class ServerEndpoint(Protocol):
         """The address workers connect to, with the real port when port * or 0 was asked for."""
 
     def send(self, peer: bytes, frames: Frames) -> None:
-        """Queues one message for one peer. Frames of LEND_BYTES and more are lent, not copied: do not change them.
+        """Queues one message for one peer. Frames of LEND_BYTES and more may be lent: do not change them.
 
         Raises TransportError at once when the peer is gone or its queue is full.
         """

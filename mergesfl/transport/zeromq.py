@@ -10,7 +10,7 @@ small, and to view it would cost more), the others are views. An endpoint belong
 
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
-frames together.
+frames together. The first frame of the message that is being read is there twice, whoever sent it.
 """
 
 from __future__ import annotations
