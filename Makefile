@@ -74,7 +74,8 @@ bench-simulation: $(BIN)/.ready  ## what the simulation costs beside the computi
 
 bench-streaming: $(BIN)/.ready  ## barrier against streaming merge: 80 simulated devices, then ten throttled processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.streaming --dataset har:$(DATA)/uci-har/uci_har.npz --out $(RUNS)/streaming
-	$(BIN)/python -m benchmarks.micro.streaming benchmarks/configs/throttled.toml --regulations off --real --out $(RUNS)/streaming-real
+	$(BIN)/python -m benchmarks.micro.streaming benchmarks/configs/throttled.toml --dataset har:$(DATA)/uci-har/uci_har.npz \
+		--set model.cut=conv2 --jitters 0.1 --regulations off --real --rounds 6 --parts 4 --out $(RUNS)/streaming-real
 
 bench-throttled: $(BIN)/.ready  ## ten throttled processes against their simulation: seconds of every round of both
 	$(BIN)/python -m benchmarks.micro.throttled --out $(RUNS)/throttled
