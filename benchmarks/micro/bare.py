@@ -68,15 +68,14 @@ def _serve(
     for round_num, played in enumerate(rounds):
         names = [name.encode() for name in played.worker_ids]
         state = network.bottom.state_dict()
+        frames = [_bytes_of(tensor) for tensor in state.values()]
         for name, d in zip(names, played.batch_sizes, strict=True):
-            numbers = np.array([round_num, d], np.int64)
-            socket.send_multipart([name, numbers.data, *[_bytes_of(tensor) for tensor in state.values()]], copy=False)
+            socket.send_multipart([name, np.array([round_num, d], np.int64).data, *frames], copy=False)
         top.begin(round_num)
         for step in range(config.training.local_steps):
-            sent = _gathered(socket, names)
-            sizes = zip(sent, played.batch_sizes, strict=True)
-            features = [_viewed(one[0], (d, *shape), torch.float32) for one, d in sizes]  # (d_i, F...)
-            labels = [_viewed(one[1], (d,), torch.int64) for one, d in zip(sent, played.batch_sizes, strict=True)]
+            sent = list(zip(_gathered(socket, names), played.batch_sizes, strict=True))
+            features = [_viewed(one[0], (d, *shape), torch.float32) for one, d in sent]  # (d_i, F...)
+            labels = [_viewed(one[1], (d,), torch.int64) for one, d in sent]
             for name, gradient in zip(names, top.step(step, features, labels), strict=True):
                 socket.send_multipart([name, _bytes_of(gradient)], copy=False)
         states = [

@@ -53,7 +53,7 @@ from mergesfl.protocol.messages import (
     Update,
     Welcome,
 )
-from mergesfl.protocol.rules import ARRAY_FIELDS, BOUNDS, RULES, STATE_FIELDS, IllegalValue, Rule, shown
+from mergesfl.protocol.rules import ARRAY_FIELDS, BOUNDS, RULES, STATE_FIELDS, IllegalValue, Rule, ruled, shown
 
 KINDS: Mapping[str, type[Message]] = {
     "assign": Assign,
@@ -198,9 +198,7 @@ def _encode(form: _Format, message: Message, limits: Limits) -> list[Frame]:
         if offset is None:
             frames.append(plain.reshape(-1).view(np.uint8).data)
         else:
-            small.append(plain)
-            if padding:
-                small.append(padding)
+            small += (plain, padding)
     frames[0] = header = _PACK((PROTOCOL_VERSION, form.kind, values, packed, b"".join(small)))
     _check_sizes(1 + num_frames, len(header), len(header) + num_frame_bytes, limits)
     return frames
@@ -212,7 +210,7 @@ def _add(field: str, key: str, array: object, arrays: list[Array], specs: list[S
         what = f"{field} {key}" if key else field
         raise IllegalValue(f"{what} is {shown(array)}, expected a numpy array (torch: tensor.detach().cpu().numpy())")
     arrays.append(array)
-    specs.append((field, key, array.dtype, array.shape, array.ndim == 4 and is_channels_last(array)))
+    specs.append((field, key, array.dtype, array.shape, is_channels_last(array)))
 
 
 def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
@@ -271,15 +269,8 @@ def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[
         names = ", ".join(form.plain)
         raise IllegalValue(f"{form.kind} with {len(values)} values; expected {len(form.plain)}: {names}")
     return [
-        _named(field, rule, value, limits) for field, rule, value in zip(form.plain, form.rules, values, strict=True)
+        ruled(field, rule, value, limits) for field, rule, value in zip(form.plain, form.rules, values, strict=True)
     ]
-
-
-def _named(field: str, rule: Rule, value: object, limits: Limits) -> object:
-    try:
-        return rule(value, limits)
-    except IllegalValue as error:
-        raise IllegalValue(f"{field} is {error}") from None
 
 
 def _check_sizes(num_frames: int, header_bytes: int, num_bytes: int, limits: Limits) -> None:

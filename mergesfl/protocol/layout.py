@@ -16,7 +16,7 @@ import numpy as np
 
 from mergesfl.protocol.arrays import Extent, extent_of, legal_extent
 from mergesfl.protocol.limits import DEFAULT, Limits
-from mergesfl.protocol.rules import ARRAY_FIELDS, STATE_FIELDS, IllegalValue, checked_name, shown
+from mergesfl.protocol.rules import ARRAY_FIELDS, STATE_FIELDS, IllegalValue, name, ruled, shown
 
 # Tensors travel in the header as long as all of them there take no more: to copy so much four times costs less than a
 # frame, which has to be made, queued, signalled, received and viewed (benchmarks/LOG.md, 2026-11-26). [ours]
@@ -111,7 +111,7 @@ def _made(specs: Sequence[Spec], limits: Limits) -> Layout:
     named = []
     for field, key, dtype, shape, channels_last in specs:
         if field in STATE_FIELDS:
-            checked_name(f"name in {field}", key, limits)
+            ruled(f"name in {field}", name, key, limits)
         named.append((field, key, legal_extent(f"{field} {key}".rstrip(), dtype, shape, channels_last, limits)))
     announcement = [[field, key, one.dtype.name, one.shape, one.channels_last] for field, key, one in named]
     packed: bytes = msgpack.packb(announcement, use_bin_type=True)
@@ -133,7 +133,7 @@ def _read(packed: bytes, kind: str, fields: Collection[str], limits: Limits) -> 
         if (field, key) in named or field not in fields or (field in ARRAY_FIELDS and key):
             raise IllegalValue(f"{kind} with an unknown or repeated tensor {shown(field)} {shown(key)}")
         if field in STATE_FIELDS:
-            checked_name(f"name in {field}", key, limits)
+            ruled(f"name in {field}", name, key, limits)
         named[field, key] = extent_of(type_name, dimensions, channels_last, limits)
     missing = sorted(field for field in ARRAY_FIELDS.intersection(fields) if (field, "") not in named)
     if missing:

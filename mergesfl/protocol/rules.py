@@ -139,10 +139,10 @@ def name(value: object, limits: Limits) -> str:
     return string
 
 
-def checked_name(what: str, value: object, limits: Limits) -> str:
-    """A name; IllegalValue says of what."""
+def ruled(what: str, rule: Rule, value: object, limits: Limits) -> object:
+    """What the rule makes of the value; IllegalValue says of what."""
     try:
-        return name(value, limits)
+        return rule(value, limits)
     except IllegalValue as error:
         raise IllegalValue(f"{what} is {error}") from None
 

@@ -240,7 +240,7 @@ class Session:
         if isinstance(message, _OF_A_STEP) and message.step != self._step:
             return self._wrong(message, f"carries step {message.step}; expected {self._step}")
         if isinstance(message, _ANSWERS):
-            if self._num_sent == self._num_answered:
+            if not self.num_outstanding:
                 return self._wrong(message, f"of part {message.part} answers nothing; expected none")
             if message.part != self._num_answered:
                 return self._wrong(message, f"carries part {message.part}; expected {self._num_answered}")
