@@ -28,6 +28,7 @@ from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path
 from mergesfl.transport.base import Frames
 from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
+from mergesfl.transport.shared import Packed, ServerSide, WorkerSide
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
@@ -125,6 +126,7 @@ class ZmqServer(_Endpoint):
         check_address(address, wildcard=True)
         check_ipc_path(address)
         super().__init__(zmq.ROUTER, settings, context, limits)
+        self._shared = ServerSide() if address.startswith("ipc://") else None
         self._socket.setsockopt(zmq.RCVHWM, min(settings.max_queued_messages, SERVER_UNREAD_MESSAGES))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an absent peer is an error, not silence
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again keeps its name
@@ -148,18 +150,21 @@ class ZmqServer(_Endpoint):
             TransportError: the peer is gone, or max_queued_messages are waiting for it.
         """
         _check_frames(frames)
+        packed = Packed(frames) if self._shared is None else self._shared.pack(peer, frames)
         try:
             self._socket.getsockopt(_EVENTS)  # makes libzmq look at what has happened: who has gone, who has read
             # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
             self._socket.send(peer, _MORE_FRAMES)
-            num_left = len(frames)
-            for frame in frames:
+            num_left = len(packed.frames)
+            for frame in packed.frames:
                 num_left -= 1
                 _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
         except zmq.Again as error:
+            self._take_back(peer, packed)
             limit = self._settings.max_queued_messages
             raise TransportError(f"peer {peer.hex()} does not read: {limit} messages wait for it; drop it") from error
         except zmq.ZMQError as error:
+            self._take_back(peer, packed)
             raise TransportError(f"peer {peer.hex()} is unreachable ({error}); drop it") from error
 
     def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
@@ -168,7 +173,11 @@ class ZmqServer(_Endpoint):
         Raises:
             TransportError: this endpoint is closed.
         """
-        return self._receive(timeout_seconds, has_envelope=True)
+        arrived = self._receive(timeout_seconds, has_envelope=True)
+        if arrived is None or self._shared is None:
+            return arrived
+        peer, frames = arrived
+        return peer, self._shared.unpack(peer, frames)
 
     def close(self) -> None:
         """Closes the socket; reads what has arrived first.
@@ -180,6 +189,10 @@ class ZmqServer(_Endpoint):
                 if self.recv(DRAIN_SECONDS) is None:
                     break
         super().close()
+
+    def _take_back(self, peer: bytes, packed: Packed) -> None:
+        if self._shared is not None:
+            self._shared.take_back(peer, packed)
 
 
 class ZmqWorker(_Endpoint):
@@ -198,6 +211,10 @@ class ZmqWorker(_Endpoint):
     ) -> None:
         check_address(address, wildcard=False)
         super().__init__(zmq.DEALER, settings, context, limits)
+        self._shared: WorkerSide | None = None
+        if address.startswith("ipc://"):
+            with contextlib.suppress(OSError):  # then the socket carries all
+                self._shared = WorkerSide()
         self._socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))  # must not begin with a zero byte
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only where there is a connection
         try:
@@ -214,24 +231,30 @@ class ZmqWorker(_Endpoint):
             TransportError: this endpoint is closed.
         """
         _check_frames(frames)
+        packed = Packed(frames)
         sent = True
         try:
             if not int(self._socket.getsockopt(_EVENTS)) & _CAN_SEND:  # also makes libzmq look at what has happened
                 return False
-            num_left = len(frames)
-            for frame in frames:
+            if self._shared is not None:
+                packed = self._shared.pack(frames)
+            num_left = len(packed.frames)
+            for frame in packed.frames:
                 num_left -= 1
                 try:
                     _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
                 except zmq.Again:
-                    if num_left == len(frames) - 1:
-                        return False
+                    if num_left == len(packed.frames) - 1:
+                        sent = False
+                        break
                     # The link broke in the middle of the message. libzmq forgets what it has of it and swallows what
                     # still comes up to its last frame (lb.cpp, _dropping). So go on; else it would swallow the next
                     # message too.
                     sent = False
         except zmq.ZMQError as error:
             raise TransportError(f"cannot send: {error}; the endpoint is closed or broken, make a new one") from error
+        if self._shared is not None and not sent:
+            self._shared.take_back(packed)
         return sent
 
     def recv(self, timeout_seconds: float) -> list[Frame] | None:
@@ -241,7 +264,15 @@ class ZmqWorker(_Endpoint):
             TransportError: this endpoint is closed.
         """
         arrived = self._receive(timeout_seconds, has_envelope=False)
-        return None if arrived is None else arrived[1]
+        if arrived is None:
+            return None
+        return arrived[1] if self._shared is None else self._shared.unpack(arrived[1])
+
+    def close(self) -> None:
+        """Closes the socket and takes the offer of memory back."""
+        super().close()
+        if self._shared is not None:
+            self._shared.close()
 
 
 def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:

@@ -1,0 +1,369 @@
+"""Memory that a worker and the server of one machine have in common: large frames lie there and not in the socket.
+
+A socket costs the kernel's two copies of every byte; what lies in common memory is copied once, by its sender, and read
+where it lies. Over ipc:// only, on Linux, between processes of one user; else, and whenever there is no room, frames
+take the socket. Nobody turns it on or off, and no bit of any result depends on it.
+
+The memory is the worker's: a memfd, which has no name in any file system and is gone with those who map it. Sealed, so
+that it cannot shrink under the server's feet (to read what has shrunk away would kill it). One half is written by the
+worker and read by the server (up), the other the other way round (down):
+
+    0                     UP_BEGIN            UP_BEGIN + AREA_BYTES      MEMORY_BYTES
+    | nonce, u8 opened    | up                | down                       |
+
+Once it has heard of the server, the worker offers its memory in front of its headers: process, file descriptor, nonce.
+A server that can open /proc/PID/fd/FD and finds the nonce there has the same memory, and says so by the same nonce in
+front of its own header; then both use it. The offer stands before every header that has anything before it, so that a
+server that was started anew understands the first one; where one has opened the memory already, what that one wrote
+may still be read, and the new one writes nothing. That is, little-endian,
+
+    u8 0xC1 (which begins no msgpack) | 16 bytes nonce | u32 pid | u32 fd | u16 freed | u16 placed
+    u64 offset                         of each frame that the sender has let go of: its place is free again
+    u16 index, u64 offset, u64 bytes   of each frame of the message that lies in the memory, in their order
+
+A frame is let go of when nothing of this process views it any more. All numbers are checked by who reads them. What is
+read in place may be changed by the peer meanwhile: who could do so runs as the same user and could as well write into
+this process's files. Labels and other small tensors travel in the header (protocol/layout.py), which is a copy.
+
+All [ours].
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import logging
+import mmap
+import os
+import stat
+import struct
+import sys
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergesfl.protocol.layout import Frame, frame_bytes
+
+if sys.platform == "linux":
+    import fcntl
+
+MARK = 0xC1
+NONCE_BYTES = 16
+UP_BEGIN = mmap.PAGESIZE
+# In each direction; only what has been used once takes memory: eight parts of a step (mergesfl/parts.py) of 32 MiB.
+AREA_BYTES = 1 << 28
+MEMORY_BYTES = UP_BEGIN + 2 * AREA_BYTES
+ALIGNMENT_BYTES = 64  # of every frame: a cache line, more than any element type wants
+# Below, a frame costs the socket no more than its entry here (benchmarks/LOG.md, 2026-11-26); above, it is rather a
+# state than a batch, which the server has once and would have here once per worker.
+FEWEST_BYTES, MOST_BYTES = 1 << 15, 1 << 25
+MAX_PLACED = 256  # frames in one area at a time [ours]
+MAX_UNANSWERED = 8  # messages of a server after the first offer, before the worker stops: some were on the way [ours]
+MAX_LINKS = 1024  # of one server; who comes later uses the socket [ours]
+
+_BEGIN = f"<B{NONCE_BYTES}sIIHH"
+_COUNTS = struct.Struct("<HH")
+_COUNTS_BEGIN = struct.calcsize(_BEGIN) - _COUNTS.size
+
+Bytes = NDArray[np.uint8]
+Identity = tuple[int, int]  # device and inode
+
+log = logging.getLogger("transport")
+
+
+@functools.lru_cache(64)
+def _prefix(num_freed: int, num_placed: int) -> struct.Struct:
+    return struct.Struct(f"{_BEGIN}{num_freed}Q{num_placed * 'HQQ'}")
+
+
+class Area:
+    """Where one end puts what it sends: first fit, lowest place first, so that what is used stays small and warm."""
+
+    def __init__(self, memory: memoryview, begin: int) -> None:
+        self._memory = memory
+        self._begin, self._end = begin, begin + AREA_BYTES
+        self._taken: list[tuple[int, int]] = []  # (begin, end) in order
+
+    def put(self, frame: Frame, num_bytes: int) -> int | None:
+        """Copies a frame of so many bytes; where it lies, or None: no room."""
+        begin = self._begin
+        if len(self._taken) >= MAX_PLACED:
+            return None
+        index = 0
+        for taken_begin, taken_end in self._taken:
+            if begin + num_bytes <= taken_begin:
+                break
+            begin = taken_end
+            index += 1
+        end = begin + num_bytes
+        if end > self._end:
+            return None
+        self._memory[begin:end] = memoryview(frame).cast("B")
+        self._taken.insert(index, (begin, end + -end % ALIGNMENT_BYTES))
+        return begin
+
+    def free(self, begin: int) -> None:
+        """The frame that was put there is not needed any more; of an unknown one nothing happens."""
+        index = bisect.bisect_left(self._taken, (begin, 0))
+        if index < len(self._taken) and self._taken[index][0] == begin:
+            del self._taken[index]
+
+
+class Packed(NamedTuple):
+    """A message as it is sent: its frames for the socket, and what to take back if it cannot be sent."""
+
+    frames: Sequence[Frame]
+    placed: Sequence[int] = ()  # offsets
+    freed: Sequence[int] = ()
+
+
+class SharedLink:
+    """The memory of one worker, as one of the two ends sees it; belongs to one thread.
+
+    Args:
+        memory: whole.
+        source: (pid, fd) of the memory, as the worker says.
+        sends_up: this is the worker's end.
+        may_place: this end may use it already.
+    """
+
+    def __init__(self, memory: mmap.mmap, source: tuple[int, int], sends_up: bool, may_place: bool) -> None:
+        self.nonce = memory[:NONCE_BYTES]
+        self.source = source
+        self.may_place = may_place
+        self._is_known = False  # to the other end that it may
+        up, down = UP_BEGIN, UP_BEGIN + AREA_BYTES
+        self._area = Area(memoryview(memory), up if sends_up else down)
+        self._memory = np.frombuffer(memory, np.uint8)  # (MEMORY_BYTES,)
+        self._memory.setflags(write=False)
+        self._read_begin = down if sends_up else up
+        self._views: dict[int, weakref.ref[Bytes]] = {}  # by offset: what the callbacks hang on
+        self._let_go: deque[int] = deque()  # filled by whatever thread drops the last view
+
+    def pack(self, frames: Sequence[Frame]) -> Packed:
+        """The message, with a prefix if there is anything to say; large frames are in the memory, if they find room."""
+        if len(frames) == 1 and self._is_known and not self._let_go:
+            return Packed(frames)
+        freed: list[int] = []
+        while self._let_go and len(freed) < MAX_PLACED:
+            freed.append(self._let_go.popleft())
+        left: list[Frame] = [frames[0]]
+        placed: list[int] = []
+        entries: list[int] = []
+        for index in range(1, len(frames)):
+            frame, offset = frames[index], None
+            if self.may_place and FEWEST_BYTES <= (num_bytes := frame_bytes(frame)) <= MOST_BYTES:
+                offset = self._area.put(frame, num_bytes)
+            if offset is None:
+                left.append(frame)
+            else:
+                placed.append(offset)
+                entries += (index, offset, num_bytes)
+        if freed or placed or not self._is_known:
+            self._is_known = self.may_place
+            begin = _prefix(len(freed), len(placed))
+            numbers = (*self.source, len(freed), len(placed), *freed, *entries)
+            left[0] = begin.pack(MARK, self.nonce, *numbers) + bytes(frames[0])
+        return Packed(left, placed, freed)
+
+    def take_back(self, packed: Packed) -> None:
+        """The message could not be sent."""
+        self._let_go.extendleft(reversed(packed.freed))
+        for offset in packed.placed:
+            self._area.free(offset)
+
+    def unpack(self, prefix: Prefix, frames: Sequence[Frame]) -> list[Frame] | None:
+        """The message without its prefix, frames in the memory as views; None: it names what is no place of a frame."""
+        whole: list[Frame] = [prefix.header]
+        end = self._read_begin + AREA_BYTES
+        plain = iter(frames[1:])
+        for index, offset, num_bytes in prefix.placed:
+            if not (self._read_begin <= offset and 0 < num_bytes <= end - offset) or offset % ALIGNMENT_BYTES:
+                return None
+            while len(whole) < index and (frame := next(plain, None)) is not None:
+                whole.append(frame)
+            if len(whole) != index or offset in self._views:
+                return None
+            whole.append(self._view(offset, num_bytes))
+        whole += plain
+        for offset in prefix.freed:
+            self._area.free(offset)
+        return whole
+
+    def _view(self, offset: int, num_bytes: int) -> memoryview:
+        view = self._memory[offset : offset + num_bytes]
+        self._views[offset] = weakref.ref(view, functools.partial(_let_go, self._views, self._let_go, offset))
+        return view.data
+
+
+def _let_go(views: dict[int, weakref.ref[Bytes]], offsets: deque[int], offset: int, _: object) -> None:
+    """The last that viewed the frame is gone."""
+    del views[offset]
+    offsets.append(offset)
+
+
+class Prefix(NamedTuple):
+    """What stands in front of a header, and the header."""
+
+    nonce: bytes
+    source: tuple[int, int]
+    freed: list[int]
+    placed: list[tuple[int, int, int]]  # index, offset, bytes
+    header: bytes
+
+    @staticmethod
+    def of(first: Frame) -> Prefix | None:
+        """None: there is none, or not a whole one."""
+        if not first or first[0] != MARK or len(first) < _COUNTS_BEGIN + _COUNTS.size:
+            return None
+        num_freed, num_placed = _COUNTS.unpack_from(first, _COUNTS_BEGIN)
+        if max(num_freed, num_placed) > MAX_PLACED or len(first) < (begin := _prefix(num_freed, num_placed)).size:
+            return None
+        _, nonce, pid, fd, _, _, *numbers = begin.unpack_from(first)
+        freed, entries = numbers[:num_freed], iter(numbers[num_freed:])
+        return Prefix(nonce, (pid, fd), freed, list(zip(*[entries] * 3, strict=True)), bytes(first[begin.size :]))
+
+
+class WorkerSide:
+    """The memory of a worker's endpoint, made here.
+
+    Raises OSError: this system has no such memory, or gives none.
+    """
+
+    def __init__(self) -> None:
+        memory, handle = _made()
+        self._link = SharedLink(memory, (os.getpid(), handle), sends_up=True, may_place=False)
+        self.close = weakref.finalize(self, os.close, handle)  # who has the memory keeps it, nobody else gets it
+        self._offers = False  # nothing was heard of a server yet, or it does not answer
+        self._num_unanswered = 0
+
+    def pack(self, frames: Sequence[Frame]) -> Packed:
+        """The message as it is sent."""
+        return self._link.pack(frames) if self._offers else Packed(frames)
+
+    def take_back(self, packed: Packed) -> None:
+        """The message could not be sent."""
+        self._link.take_back(packed)
+
+    def unpack(self, frames: list[Frame]) -> list[Frame]:
+        """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
+        prefix = Prefix.of(frames[0])
+        if prefix is not None and prefix.nonce == self._link.nonce:
+            self._link.may_place = True
+            return self._link.unpack(prefix, frames) or frames
+        if not self._link.may_place:
+            self._num_unanswered += self._offers
+            self._offers = self._num_unanswered < MAX_UNANSWERED
+        return frames
+
+
+class ServerSide:
+    """The memories of all workers that a server's endpoint has opened."""
+
+    def __init__(self) -> None:
+        self._links: dict[bytes, tuple[SharedLink, Identity]] = {}
+
+    def pack(self, peer: bytes, frames: Sequence[Frame]) -> Packed:
+        """The message as it is sent to this peer."""
+        known = self._links.get(peer)
+        return Packed(frames) if known is None else known[0].pack(frames)
+
+    def take_back(self, peer: bytes, packed: Packed) -> None:
+        """The message could not be sent: perhaps the peer is gone, and with it who had the memory."""
+        known = self._links.get(peer)
+        if known is not None:
+            known[0].take_back(packed)
+        self._sweep()
+
+    def unpack(self, peer: bytes, frames: list[Frame]) -> list[Frame]:
+        """The message as this peer has sent it; as it came, if its prefix is no legal one: the codec refuses that."""
+        prefix = Prefix.of(frames[0])
+        if prefix is None:
+            return frames
+        known = self._links.get(peer)
+        if known is None or known[0].nonce != prefix.nonce:
+            self._sweep()
+            known = self._open(prefix)
+            if known is None:  # an offer that is not taken, unless it is more
+                return [prefix.header, *frames[1:]] if not prefix.placed else frames
+            self._links[peer] = known
+        return known[0].unpack(prefix, frames) or frames
+
+    def _sweep(self) -> None:
+        """Lets go of all memory that its worker has closed."""
+        for peer, (link, identity) in list(self._links.items()):
+            if _identity(link.source) != identity:
+                del self._links[peer]
+
+    def _open(self, prefix: Prefix) -> tuple[SharedLink, Identity] | None:
+        if len(self._links) >= MAX_LINKS:
+            return None
+        try:
+            memory, identity = _opened(prefix.source, prefix.nonce)
+        except (OSError, ValueError) as error:  # of another container or user, of nobody ...
+            log.debug("no memory in common with process %d: %s", prefix.source[0], error)
+            return None
+        was_opened, memory[NONCE_BYTES] = memory[NONCE_BYTES], 1
+        return SharedLink(memory, prefix.source, sends_up=False, may_place=not was_opened), identity
+
+
+def _path(source: tuple[int, int]) -> str:
+    pid, handle = source
+    return f"/proc/{pid}/fd/{handle}"
+
+
+def _identity(source: tuple[int, int]) -> Identity | None:
+    """Of what a process has open there; None: nothing, or nothing that we may see."""
+    try:
+        found = os.stat(_path(source))  # noqa: PTH116 (no Path: asked of all workers when one comes)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _made() -> tuple[mmap.mmap, int]:
+    """New memory with a new nonce, and its file descriptor. Raises OSError."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
+        raise OSError("this system has no sealed memory")
+    handle = os.memfd_create("mergesfl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(handle, MEMORY_BYTES)
+        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        memory = mmap.mmap(handle, MEMORY_BYTES)
+    except BaseException:
+        os.close(handle)
+        raise
+    memory[:NONCE_BYTES] = os.urandom(NONCE_BYTES)
+    return memory, handle
+
+
+def _opened(source: tuple[int, int], nonce: bytes) -> tuple[mmap.mmap, Identity]:
+    """The memory that a worker offers, once all is found as it must be. Raises OSError and ValueError.
+
+    The worker may name any file of any process: none is opened that is no plain one of the size and owner, and none is
+    taken that could shrink, or that does not begin with the nonce.
+    """
+    if sys.platform != "linux" or not hasattr(fcntl, "F_GET_SEALS"):
+        raise OSError("this system has no sealed memory")
+    _check(os.stat(_path(source)))  # noqa: PTH116 (as above)
+    handle = os.open(_path(source), os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        _check(found)
+        if not fcntl.fcntl(handle, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError("memory that may shrink")
+        memory = mmap.mmap(handle, MEMORY_BYTES)
+    finally:
+        os.close(handle)
+    if memory[:NONCE_BYTES] != nonce:
+        raise ValueError("memory with another nonce")
+    return memory, (found.st_dev, found.st_ino)
+
+
+def _check(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_size != MEMORY_BYTES or found.st_uid != os.geteuid():
+        raise ValueError(f"no memory of this user and of {MEMORY_BYTES} bytes")
