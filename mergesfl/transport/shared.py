@@ -138,8 +138,7 @@ class SharedLink:
         self._is_known = False  # to the other end that it may
         up, down = UP_BEGIN, UP_BEGIN + AREA_BYTES
         self._area = Area(memoryview(memory), up if sends_up else down)
-        self._memory = np.frombuffer(memory, np.uint8)  # (MEMORY_BYTES,)
-        self._memory.setflags(write=False)
+        self._memory = memoryview(memory)
         self._read_begin = down if sends_up else up
         self._views: dict[int, weakref.ref[Bytes]] = {}  # by offset: what the callbacks hang on
         self._let_go: deque[int] = deque()  # filled by whatever thread drops the last view
@@ -195,7 +194,10 @@ class SharedLink:
         return whole
 
     def _view(self, offset: int, num_bytes: int) -> memoryview:
-        view = self._memory[offset : offset + num_bytes]
+        # An array straight of the memory: numpy makes the base of an array of an array's part the whole array, and what
+        # was made of this one would not hold it.
+        view = np.frombuffer(self._memory, np.uint8, num_bytes, offset)
+        view.setflags(write=False)
         self._views[offset] = weakref.ref(view, functools.partial(_let_go, self._views, self._let_go, offset))
         return view.data
 

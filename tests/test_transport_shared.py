@@ -1,0 +1,563 @@
+"""Memory in common: what lies in it is what was sent, no view is written over, and no peer's word is taken for it."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergesfl.errors import RemoteProtocolError
+from mergesfl.protocol.codec import decode, encode
+from mergesfl.protocol.layout import Frame
+from mergesfl.protocol.messages import Gradient, Pong
+from mergesfl.runtime.arrays import borrowed_tensor
+from mergesfl.transport import LinkSettings
+from mergesfl.transport import shared as shared_module
+from mergesfl.transport.shared import (
+    AREA_BYTES,
+    FEWEST_BYTES,
+    MARK,
+    MAX_PLACED,
+    MAX_UNANSWERED,
+    MEMORY_BYTES,
+    MOST_BYTES,
+    NONCE_BYTES,
+    UP_BEGIN,
+    Area,
+    Prefix,
+    ServerSide,
+    WorkerSide,
+)
+from mergesfl.transport.zeromq import ZmqServer, ZmqWorker
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory in common is Linux's")
+
+PATIENCE_SECONDS = 20.0
+PEER = b"somebody"
+LARGE = FEWEST_BYTES
+QUICK = LinkSettings(linger_seconds=1.0, reconnect_seconds=0.02, max_reconnect_seconds=0.1)
+
+
+def content(seed: int, num_bytes: int = LARGE) -> bytes:
+    return random.Random(seed).randbytes(num_bytes)
+
+
+def as_bytes(frames: Sequence[Frame]) -> list[bytes]:
+    return [bytes(frame) for frame in frames]
+
+
+class Ends:
+    """Both ends without a socket; they have agreed. What was carried last is kept."""
+
+    def __init__(self) -> None:
+        self.worker, self.server = WorkerSide(), ServerSide()
+        self.worker.unpack([b"welcome"])
+        self.up([b"ready"])
+        self.down([b"pong"])
+
+    def up(self, frames: Sequence[Frame]) -> list[Frame]:
+        self.carried = list(self.worker.pack(frames).frames)
+        return self.server.unpack(PEER, list(self.carried))
+
+    def down(self, frames: Sequence[Frame]) -> list[Frame]:
+        self.carried = list(self.server.pack(PEER, frames).frames)
+        return self.worker.unpack(list(self.carried))
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    made = Ends()
+    yield made
+    made.worker.close()
+
+
+def prefix_of(ends: Ends) -> Prefix:
+    prefix = Prefix.of(ends.carried[0])
+    assert prefix is not None
+    return prefix
+
+
+# --- what is carried ---
+
+
+@pytest.mark.parametrize(
+    "sizes", [(), (0,), (LARGE,), (LARGE - 1,), (1, LARGE, 2, 3 * LARGE + 1, 3), (LARGE, 0, LARGE)]
+)
+def test_a_message_arrives_as_it_was_sent_and_its_large_frames_do_not_cross(ends: Ends, sizes: tuple[int, ...]) -> None:
+    frames = [b"header", *(content(seed, size) for seed, size in enumerate(sizes))]
+    for send in (ends.up, ends.down):
+        assert as_bytes(send(frames)) == frames
+        assert as_bytes(ends.carried[1:]) == [frame for frame in frames[1:] if len(frame) < LARGE]
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda data: np.frombuffer(data, np.uint8).data])
+def test_any_kind_of_frame_may_be_sent(ends: Ends, kind: type) -> None:
+    frames = [kind(b"header"), kind(content(1)), kind(b"small")]
+    assert as_bytes(ends.up(frames)) == [b"header", content(1), b"small"]
+
+
+def test_what_has_nothing_to_say_travels_as_it_is(ends: Ends) -> None:
+    ends.up([b"first"])  # tells that the server has been heard
+    for send in (ends.up, ends.down):
+        assert as_bytes(send([b"header", b"small"])) == ends.carried == [b"header", b"small"]
+
+
+def test_a_frame_is_only_read_by_who_gets_it_and_lies_on_a_cache_line(ends: Ends) -> None:
+    for received in ends.up([b"header", content(1, LARGE + 1), content(2)])[1:]:
+        view = memoryview(received)
+        assert view.readonly
+        assert np.frombuffer(view, np.uint8).ctypes.data % 64 == 0
+
+
+def test_what_is_viewed_is_not_written_over_and_its_place_is_used_again_when_it_is_let_go(ends: Ends) -> None:
+    for send, answer in ((ends.up, ends.down), (ends.down, ends.up)):
+        kept = send([b"header", content(1)])
+        first = prefix_of(ends).placed[0][1]
+        answer([b"header"])  # tells nothing: the frame is still viewed
+        other = send([b"header", content(2)])
+        assert prefix_of(ends).placed[0][1] > first
+        assert as_bytes(kept) == [b"header", content(1)]
+        array = np.frombuffer(kept[1], np.float32)
+        del kept
+        answer([b"header"])  # a view of a view holds it, too
+        assert send([b"header", content(3)]) is not None
+        assert prefix_of(ends).placed[0][1] > first
+        assert array.tobytes() == content(1)
+        del array
+        answer([b"header"])  # tells it now
+        assert as_bytes(send([b"header", content(4)])) == [b"header", content(4)]
+        assert prefix_of(ends).placed[0][1] == first
+        assert as_bytes(other) == [b"header", content(2)]
+
+
+HOLDERS = (  # what is made of an array, and how it is looked at
+    (lambda array: array, lambda kept: kept.tolist()),
+    (lambda array: array[3:].T, lambda kept: kept.T.tolist()),
+    (lambda array: borrowed_tensor(array, torch.device("cpu")), lambda kept: kept.tolist()),
+    (lambda array: borrowed_tensor(array, torch.device("cpu"))[3:].T, lambda kept: kept.T.tolist()),
+)
+
+
+@pytest.mark.parametrize(("derived", "looked_at"), HOLDERS)
+def test_decoded_arrays_hold_their_place(
+    ends: Ends, derived: Callable[..., Any], looked_at: Callable[..., Any]
+) -> None:
+    """Neither an array of a frame nor a part of it nor a tensor lets go of the frame: numpy shortens bases."""
+    gradient = np.arange(LARGE // 4, dtype=np.float32).reshape(16, -1)  # (d, F)
+    received = decode(ends.down(encode(Gradient(1, 0, 0.5, gradient))))
+    assert isinstance(received, Gradient)
+    kept = derived(received.gradient)
+    del received
+    gc.collect()
+    ends.up([b"header"])
+    ends.down([b"header", content(1, LARGE)])
+    assert looked_at(kept) in (gradient.tolist(), gradient[3:].tolist())
+    del kept
+    ends.up([b"header"])
+    assert len(prefix_of(ends).freed) == 2
+
+
+def test_without_room_frames_take_the_socket(ends: Ends) -> None:
+    most = [content(seed, MOST_BYTES) for seed in range(2)]
+    views = [ends.up([b"header", most[0]]) for _ in range(AREA_BYTES // MOST_BYTES)]  # the area is full
+    assert as_bytes(ends.up([b"header", content(1), b"small"])) == [b"header", content(1), b"small"]
+    assert as_bytes(ends.carried) == [b"header", content(1), b"small"]
+    del views[3]
+    ends.down([b"header"])
+    assert as_bytes(ends.up([b"header", most[1], content(2)])) == [b"header", most[1], content(2)]
+    assert as_bytes(ends.carried[1:]) == [content(2)]
+    assert all(as_bytes(view) == [b"header", most[0]] for view in views)
+
+
+def test_a_frame_above_the_limit_and_one_more_than_may_lie_there_take_the_socket(ends: Ends) -> None:
+    huge = bytes(MOST_BYTES + 1)
+    assert as_bytes(ends.up([b"header", huge])) == [b"header", huge]
+    assert len(ends.carried) == 2
+    many = [b"header", *[bytes(LARGE)] * (MAX_PLACED + 1)]
+    received = ends.up(many)
+    assert as_bytes(received) == many
+    assert len(ends.carried) == 2
+    del received
+    ends.down([b"header"])
+    ends.up(many)
+    assert len(ends.carried) == 2  # all places were free again
+
+
+def test_a_message_that_could_not_be_sent_leaves_nothing_behind(ends: Ends) -> None:
+    ends.down([b"header", content(1)])  # let go at once: the next message up tells so
+    for _ in range(3):
+        packed = ends.worker.pack([b"header", content(2)])
+        assert (len(packed.freed), list(packed.placed)) == (1, [UP_BEGIN])
+        ends.worker.take_back(packed)
+    received = ends.up([b"header", content(3)])
+    assert prefix_of(ends).placed[0][1] == UP_BEGIN
+    assert len(prefix_of(ends).freed) == 1
+    packed = ends.server.pack(PEER, [b"header", content(4)])
+    assert list(packed.placed) == [UP_BEGIN + AREA_BYTES]
+    ends.server.take_back(PEER, packed)
+    assert ends.server.pack(PEER, [b"header", content(4)]).placed == packed.placed
+    assert as_bytes(received) == [b"header", content(3)]
+
+
+@given(st.lists(st.one_of(st.integers(1, AREA_BYTES), st.integers(1, 1000)), max_size=60), st.randoms())
+def test_no_two_frames_share_a_byte(sizes: list[int], chance: random.Random) -> None:
+    class Unwritten:  # 512 MiB need not be touched for this
+        def __setitem__(self, where: slice, data: memoryview) -> None:
+            assert where.stop - where.start == len(data)
+
+    class Frames(dict[int, memoryview]):
+        def __missing__(self, size: int) -> memoryview:
+            return memoryview(ZEROS)[:size]
+
+    area = Area(Unwritten(), UP_BEGIN)  # type: ignore[arg-type]
+    taken: dict[int, int] = {}
+    for size in sizes:
+        begin = area.put(Frames()[size], size)
+        if begin is None:
+            gaps = sorted([(UP_BEGIN, UP_BEGIN), *((b, e + -e % 64) for b, e in taken.items())])
+            ends_of_gaps = [b for b, _ in gaps[1:]] + [UP_BEGIN + AREA_BYTES]
+            assert all(stop - end < size for (_, end), stop in zip(gaps, ends_of_gaps, strict=True))
+        else:
+            assert begin % 64 == 0
+            assert UP_BEGIN <= begin < begin + size <= UP_BEGIN + AREA_BYTES
+            assert all(begin + size <= b or e <= begin for b, e in taken.items())
+            taken[begin] = begin + size
+        if taken and chance.random() < 0.4:
+            gone = chance.choice(list(taken))
+            del taken[gone]
+            area.free(gone)
+        area.free(chance.randrange(1, 64))  # nobody's
+
+
+ZEROS = mmap.mmap(-1, AREA_BYTES)  # untouched
+
+
+# --- how they agree ---
+
+
+def test_a_worker_offers_nothing_before_it_has_heard_of_a_server() -> None:
+    worker, server = WorkerSide(), ServerSide()
+    assert worker.pack([b"register", content(1)]).frames == [b"register", content(1)]
+    worker.unpack([b"welcome"])
+    carried = worker.pack([b"ready", content(1)]).frames
+    assert carried[1] == content(1)  # offered, not agreed
+    assert as_bytes(server.unpack(PEER, list(carried))) == [b"ready", content(1)]
+    worker.close()
+
+
+def test_a_server_that_does_not_take_the_offer_gets_all_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: tuple[int, int], nonce: bytes) -> None:
+        raise OSError("another container")
+
+    monkeypatch.setattr(shared_module, "_opened", refuse)
+    worker, server = WorkerSide(), ServerSide()
+    for index in range(2 * MAX_UNANSWERED):
+        assert worker.unpack(list(server.pack(PEER, [b"down"]).frames)) == [b"down"]
+        carried = list(worker.pack([b"up", content(1)]).frames)
+        assert (carried[0][0] == MARK) == (index < MAX_UNANSWERED)  # then it gives up
+        assert server.unpack(PEER, carried) == [b"up", content(1)]
+    worker.close()
+
+
+def test_a_system_without_such_memory_uses_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with TemporaryDirectory(prefix="msfl") as folder:
+        server = ZmqServer(f"ipc://{folder}/ps", QUICK)
+        worker = ZmqWorker(server.address, QUICK)
+        try:
+            for frames in ([b"one"], [b"two", content(1)]):
+                exchange(server, worker, frames)
+        finally:
+            worker.close()
+            server.close()
+
+
+def test_a_server_started_anew_reads_the_first_message_and_writes_nothing_over_what_its_predecessor_wrote(
+    ends: Ends,
+) -> None:
+    kept = ends.down([b"header", content(1)])
+    ends.server = ServerSide()
+    assert as_bytes(ends.up([b"header", content(2)])) == [b"header", content(2)]
+    assert ends.carried[1:] == []
+    assert as_bytes(ends.down([b"header", content(3)])) == [b"header", content(3)]
+    assert ends.carried[1:] == [content(3)]
+    assert as_bytes(kept) == [b"header", content(1)]
+
+
+def test_memory_that_its_worker_has_closed_is_let_go_of_when_the_next_one_comes(ends: Ends) -> None:
+    kept = ends.up([b"header", content(1)])
+    num_before = mappings()
+    for index in range(5):
+        worker = WorkerSide()
+        worker.unpack([b"welcome"])
+        ends.server.unpack(b"%d" % index, list(worker.pack([b"ready"]).frames))
+        worker.close()
+        del worker
+    assert mappings() <= num_before + 1  # the last one's
+    ends.worker.close()
+    last = WorkerSide()
+    last.unpack([b"welcome"])
+    ends.server.unpack(b"last", list(last.pack([b"ready"]).frames))
+    assert as_bytes(kept) == [b"header", content(1)]  # who views it still has it
+    last.close()
+
+
+def mappings() -> int:
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:mergesfl")
+
+
+def test_no_more_memories_than_the_limit(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_module, "MAX_LINKS", 1)
+    worker = WorkerSide()
+    worker.unpack([b"welcome"])
+    assert ends.server.unpack(b"another", list(worker.pack([b"ready"]).frames)) == [b"ready"]
+    assert ends.server.pack(b"another", [b"pong"]).frames == [b"pong"]  # not taken
+    worker.close()
+
+
+# --- what is refused ---
+
+
+def refused(frames: list[Frame], side: ServerSide | WorkerSide) -> None:
+    """As it came, and no message to the codec."""
+    received = side.unpack(PEER, list(frames)) if isinstance(side, ServerSide) else side.unpack(list(frames))
+    assert received == frames
+    with pytest.raises(RemoteProtocolError, match=r"header of \d+ bytes is no msgpack"):
+        decode(received)
+
+
+def forged(ends: Ends, freed: Sequence[int], *placed: tuple[int, int, int]) -> bytes:
+    """A prefix of the worker of these ends before a legal header."""
+    known = prefix_of(ends)
+    entries = [number for entry in placed for number in entry]
+    begin = shared_module._prefix(len(freed), len(placed))
+    numbers = (*known.source, len(freed), len(placed), *freed, *entries)
+    return begin.pack(MARK, known.nonce, *numbers) + bytes(encode(Pong())[0])
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        [(1, UP_BEGIN - 64, 64)],
+        [(1, 0, 64)],
+        [(1, UP_BEGIN, 0)],
+        [(1, UP_BEGIN + 8, 64)],
+        [(1, UP_BEGIN, AREA_BYTES + 1)],
+        [(1, UP_BEGIN + AREA_BYTES, 64)],
+        [(1, UP_BEGIN + AREA_BYTES - 64, 65)],
+        [(1, MEMORY_BYTES, 1 << 40)],
+        [(1, 1 << 63, 64)],
+        [(1, UP_BEGIN, (1 << 64) - 1)],
+        [(0, UP_BEGIN, 64)],
+        [(2, UP_BEGIN, 64)],
+        [(1, UP_BEGIN, 64), (1, UP_BEGIN + 64, 64)],
+        [(2, UP_BEGIN, 64), (1, UP_BEGIN + 64, 64)],
+        [(1, UP_BEGIN, 64), (2, UP_BEGIN, 64)],
+        [(1, UP_BEGIN, 64), (65535, UP_BEGIN + 64, 64)],
+    ],
+)
+def test_what_is_no_place_of_a_frame_is_refused(ends: Ends, placed: list[tuple[int, int, int]]) -> None:
+    ends.up([b"header", content(1)])
+    refused([forged(ends, [], *placed)], ends.server)
+    ends.up([b"header", content(1)])
+    assert as_bytes(ends.up([b"header", content(2)])) == [b"header", content(2)]  # and nothing is broken by it
+
+
+def test_a_place_that_is_still_viewed_is_refused_and_one_that_was_never_taken_may_be_freed(ends: Ends) -> None:
+    kept = ends.up([b"header", content(1)])
+    _, offset, num_bytes = prefix_of(ends).placed[0]
+    refused([forged(ends, [], (1, offset, num_bytes))], ends.server)
+    assert ends.server.unpack(PEER, [forged(ends, [0, 1, offset, 1 << 60])]) == [encode(Pong())[0]]
+    assert as_bytes(kept) == [b"header", content(1)]
+
+
+def test_a_prefix_that_is_not_whole_or_has_too_many_entries_is_refused(ends: Ends) -> None:
+    ends.up([b"header", content(1)])
+    prefix = bytes(ends.carried[0][: -len(b"header")])
+    for size in range(1, len(prefix)):
+        refused([prefix[:size]], ends.server)
+    counts = shared_module._COUNTS
+    for numbers in ((MAX_PLACED + 1, 0), (0, MAX_PLACED + 1), (65535, 65535)):
+        begin = prefix[: shared_module._COUNTS_BEGIN] + counts.pack(*numbers)
+        refused([begin + bytes(30 * (MAX_PLACED + 1))], ends.server)
+
+
+def test_a_server_does_not_read_where_it_writes(ends: Ends) -> None:
+    ends.down([b"header", content(1)])
+    prefix = bytes(ends.carried[0])
+    refused([prefix], ends.server)  # its own words
+
+
+def offer(pid: int, handle: int, nonce: bytes, *placed: int) -> bytes:
+    begin = shared_module._prefix(0, len(placed) // 3)
+    return begin.pack(MARK, nonce, pid, handle, 0, len(placed) // 3, *placed) + b"header"
+
+
+def sealed(num_bytes: int, seals: int, nonce: bytes) -> int:
+    import fcntl
+
+    handle = os.memfd_create("strange", os.MFD_ALLOW_SEALING)
+    os.ftruncate(handle, num_bytes)
+    os.pwrite(handle, nonce, 0)
+    fcntl.fcntl(handle, fcntl.F_ADD_SEALS, seals)
+    return handle
+
+
+def strange_files(folder: Path, nonce: bytes) -> Iterator[tuple[str, int]]:
+    import fcntl
+
+    yield "may shrink", sealed(MEMORY_BYTES, fcntl.F_SEAL_GROW, nonce)
+    yield "too small", sealed(MEMORY_BYTES - 1, fcntl.F_SEAL_SHRINK, nonce)
+    yield "too large", sealed(MEMORY_BYTES + 1, fcntl.F_SEAL_SHRINK, nonce)
+    yield "another nonce", sealed(MEMORY_BYTES, fcntl.F_SEAL_SHRINK, bytes(NONCE_BYTES))
+    plain = folder / "plain"
+    plain.write_bytes(nonce)
+    os.truncate(plain, MEMORY_BYTES)
+    yield "a file of a disk", os.open(plain, os.O_RDWR)
+    os.mkfifo(folder / "fifo")
+    yield "a FIFO", os.open(folder / "fifo", os.O_RDWR)
+    yield "a socket", socket.socket().detach()
+    yield "a device", os.open("/dev/zero", os.O_RDWR)
+    yield "nothing", 1 << 20
+
+
+def test_what_is_no_sealed_memory_of_the_offered_nonce_is_not_taken(tmp_path: Path) -> None:
+    nonce = content(1, NONCE_BYTES)
+    for what, handle in strange_files(tmp_path, nonce):
+        server = ServerSide()
+        assert server.unpack(PEER, [offer(os.getpid(), handle, nonce)]) == [b"header"], what  # an offer not taken
+        asked = offer(os.getpid(), handle, nonce, 1, UP_BEGIN, LARGE)
+        assert server.unpack(PEER, [asked]) == [asked], what
+        assert server.pack(PEER, [b"pong", content(1)]).frames == [b"pong", content(1)], what
+        if handle != 1 << 20:
+            os.close(handle)
+    import fcntl
+
+    handle = sealed(MEMORY_BYTES, fcntl.F_SEAL_SHRINK, nonce)  # and this one is
+    asked = offer(os.getpid(), handle, nonce, 1, UP_BEGIN, LARGE)
+    assert as_bytes(ServerSide().unpack(PEER, [asked])) == [b"header", bytes(LARGE)]
+    os.close(handle)
+
+
+def test_memory_of_another_user_is_not_taken(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    ends.up([b"header", content(1)])
+    server = ServerSide()
+    assert server.unpack(PEER, list(ends.carried)) == ends.carried
+
+
+@given(st.binary(max_size=200), st.integers(0, 120), st.integers(0, 2))
+def test_whatever_bytes_arrive_a_message_is_handed_up(noise: bytes, where: int, num_frames: int) -> None:
+    ends = FUZZED
+    ends.up([b"header", content(1)])
+    first = bytes(ends.carried[0])
+    for damaged in (bytes([MARK]) + noise, first[:where] + noise + first[where + len(noise) :], first[:where] + noise):
+        frames = [damaged, *[b"frame"] * num_frames]
+        received = ends.server.unpack(b"fuzz", list(frames))
+        assert received == frames or len(received) >= 1 + num_frames
+        ends.worker.unpack(list(frames))
+
+
+FUZZED = Ends()
+
+
+# --- over sockets, between processes ---
+
+
+def exchange(server: ZmqServer, worker: ZmqWorker, frames: list[bytes]) -> None:
+    """Up and down again, as it was sent."""
+    while not worker.send(frames):
+        worker.recv(0.01)
+    received = server.recv(PATIENCE_SECONDS)
+    assert received is not None
+    peer, arrived = received
+    assert as_bytes(arrived) == frames
+    server.send(peer, arrived)
+    answer = worker.recv(PATIENCE_SECONDS)
+    assert answer is not None
+    assert as_bytes(answer) == frames
+
+
+def test_large_frames_do_not_cross_the_socket_of_two_endpoints() -> None:
+    """Looked at from outside: a plain ROUTER in the place of the server answers with the prefix of a real one."""
+    with TemporaryDirectory(prefix="msfl") as folder, zmq.Context() as context:
+        router = context.socket(zmq.ROUTER)
+        router.rcvtimeo = int(1000 * PATIENCE_SECONDS)
+        router.bind(f"ipc://{folder}/ps")
+        worker = ZmqWorker(f"ipc://{folder}/ps", QUICK)
+        side = ServerSide()
+        try:
+            seen = []
+            for _ in range(3):
+                while not worker.send([b"header", content(1)]):
+                    worker.recv(0.01)
+                peer, *frames = router.recv_multipart()
+                assert as_bytes(side.unpack(peer, list(frames))) == [b"header", content(1)]
+                seen.append(len(frames))
+                router.send_multipart([peer, *side.pack(peer, [b"answer"]).frames])
+                assert worker.recv(PATIENCE_SECONDS) == [b"answer"]
+            assert seen == [2, 2, 1]  # not yet offered, offered, agreed
+        finally:
+            worker.close()
+            router.close(0)
+
+
+KILLED = """
+import sys, time
+from mergesfl.transport import connect
+worker = connect(sys.argv[1])
+def say(frames):
+    while not worker.send(frames):
+        time.sleep(0.01)
+for _ in range(3):
+    say([b"hello", bytes(100_000)])
+    worker.recv(20.0)
+say([b"last", bytes([7]) * 1_000_000])
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_worker_has_sent_is_still_there_and_its_memory_goes_with_it() -> None:
+    num_before = mappings()
+    with TemporaryDirectory(prefix="msfl") as folder:
+        server = ZmqServer(f"ipc://{folder}/ps", QUICK)
+        command = [sys.executable, "-c", KILLED, server.address]
+        with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as process:
+            try:
+                for _ in range(3):
+                    peer, frames = server.recv(PATIENCE_SECONDS) or pytest.fail("nothing came")
+                    server.send(peer, [b"answer", *frames[1:]])
+                peer, frames = server.recv(PATIENCE_SECONDS) or pytest.fail("nothing came")
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                assert as_bytes(frames) == [b"last", bytes([7]) * 1_000_000]
+                assert mappings() == num_before + 1
+                worker = ZmqWorker(server.address, QUICK)
+                for _ in range(2):
+                    exchange(server, worker, [b"next", content(1)])
+                assert (
+                    mappings() == num_before + 3
+                )  # two of the new worker, in this process, and one that is still viewed
+                del frames
+                assert mappings() == num_before + 2
+                worker.close()
+            finally:
+                process.kill()
+                server.close()
