@@ -16,7 +16,7 @@ from mergesfl.data.dataset import Dataset
 from mergesfl.errors import ConfigError
 from mergesfl.methods import SUMMARIES
 from mergesfl.models import MODELS, build_network, split_name
-from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
+from mergesfl.runtime.process import StopFlag, keep_freed_memory, run_and_exit, set_up_logging
 from mergesfl.runtime.profiles import known_profiles, load_profile
 from mergesfl.training.cuts import cut_table
 from ps.__main__ import parameter_server
@@ -49,6 +49,7 @@ def _start(
     def command() -> None:
         run_fleet = find()
         set_up_logging(log_level)
+        keep_freed_memory()
         stop = StopFlag()
         stop.install()
         run_fleet(load_config(config, settings or []), resume, overwrite, Console(), stop)

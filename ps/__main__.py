@@ -19,7 +19,7 @@ from mergesfl.methods import CENTRAL
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.devices import set_threads
 from mergesfl.runtime.files import write_atomic
-from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
+from mergesfl.runtime.process import StopFlag, keep_freed_memory, run_and_exit, set_up_logging
 from mergesfl.transport import bind as bind_to
 from ps.following import follow_run, lead, require_merging
 from ps.progress import Progress
@@ -81,6 +81,7 @@ def parameter_server(
 
     def command() -> None:
         set_up_logging(log_level)
+        keep_freed_memory()
         if is_follower():
             follow_run()
         elif num_ranks() > 1:

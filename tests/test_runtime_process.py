@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +24,7 @@ from mergesfl.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
+from mergesfl.runtime.process import StopFlag, keep_freed_memory, run_and_exit, set_up_logging
 from ps.switchboard import InterruptedRunError
 
 
@@ -142,3 +145,36 @@ def test_logging_is_one_line_on_stderr(root_logger: logging.Logger, capsys: pyte
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ConfigError, match="log level 'loud': expected debug, info, warning or error"):
         set_up_logging("loud")
+
+
+FAULTS = """
+import resource, sys
+from mergesfl.runtime.process import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def step():
+    return [bytes([1]) * (8 << 20) for _ in range(4)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
+def test_freed_memory_is_there_for_the_next_step() -> None:
+    """Page faults of steps that use and free 32 MiB: none where it is kept, every page where it is not."""
+    faults = {}
+    for how in ("keep", "leave"):
+        command = [sys.executable, "-c", FAULTS, how]
+        result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+        faults[how] = int(result.stdout)
+    assert faults["keep"] < 10 * (32 << 20) // mmap.PAGESIZE // 100
+    assert faults["leave"] > 10 * (faults["keep"] + 1)  # of huge pages there are few
+
+
+def test_without_glibc_nothing_is_told_to_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert not keep_freed_memory()

@@ -14,7 +14,7 @@ from mergesfl.errors import ConfigError
 from mergesfl.runtime.clock import Clock, WallClock
 from mergesfl.runtime.devices import resolve_device, set_threads
 from mergesfl.runtime.emulation import EmulatedDevice
-from mergesfl.runtime.process import StopFlag, run_and_exit, set_up_logging
+from mergesfl.runtime.process import StopFlag, keep_freed_memory, run_and_exit, set_up_logging
 from mergesfl.runtime.profiles import load_profile
 from mergesfl.transport import connect as connect_to
 from mergesfl.transport.base import WorkerEndpoint
@@ -95,6 +95,7 @@ def worker(
 
     def command() -> None:
         set_up_logging(log_level)
+        keep_freed_memory()
         stop = StopFlag()
         stop.install()
         if exit_with_parent:

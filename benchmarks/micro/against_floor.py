@@ -32,6 +32,7 @@ from mergesfl.cluster import run_cluster
 from mergesfl.config import RunConfig, load_config
 from mergesfl.data import load_dataset
 from mergesfl.runtime.checkpoint import load_checkpoint
+from mergesfl.runtime.process import keep_freed_memory
 
 
 def run_settings(name: str, data: Path | None, folder: Path, num_workers: int, batch_size: int) -> list[str]:
@@ -127,6 +128,7 @@ def main(
 ) -> None:
     """Prints the table."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     cores = pin_to_one_core()
     print(f"{workers} workers, {batch} samples, {steps} steps per round, {rounds} rounds, {repeats} repeats; one core")
     print("ratios: all processes of the run / the floor, both on one core; medians of the repeats\n")

@@ -24,6 +24,7 @@ from mergesfl.config import RunConfig
 from mergesfl.data import load_dataset
 from mergesfl.data.dataset import Dataset
 from mergesfl.processes import local_address, worker_name
+from mergesfl.runtime.process import keep_freed_memory
 
 Frames = Sequence[zmq.Frame]
 
@@ -115,6 +116,7 @@ def main() -> None:
     """A worker, until it is killed."""
     path, address, index = sys.argv[1:]
     torch.set_num_threads(1)
+    keep_freed_memory()
     config = RunConfig.model_validate_json(Path(path).read_text())
     dataset = load_dataset(config.data.dataset)
     network = fresh_network(config, dataset)

@@ -32,6 +32,7 @@ from mergesfl.methods.merged_top import MergedTop
 from mergesfl.runtime.arrays import Array, to_tensors
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.journal import read_journal
+from mergesfl.runtime.process import keep_freed_memory
 from mergesfl.transport import bind
 from ps.progress import Progress
 from ps.recorder import prepare_folder
@@ -132,6 +133,7 @@ def pure_seconds(scene: Scene, load: Load, features: Array, labels: Array) -> fl
 def measure(load: Load) -> Served:
     """One run under this load, in this process; the workers are another one."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     marks: list[tuple[float, float]] = []  # wall and CPU seconds at the end of every merged step
 
     def mark(num_samples: int) -> None:

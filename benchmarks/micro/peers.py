@@ -30,6 +30,7 @@ from mergesfl.errors import ConfigError
 from mergesfl.parts import MAX_PARTS_PER_STEP
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Assign, Features, Gradient, Ready, Register, Welcome
 from mergesfl.runtime.clock import WallClock
+from mergesfl.runtime.process import keep_freed_memory
 from mergesfl.transport import bind, connect
 from ps.fleet import Fleet
 from ps.switchboard import Switchboard
@@ -302,6 +303,7 @@ def check_contestants(names: Iterable[str]) -> None:
 
 def main() -> None:
     """Serves until the parent's end of stdin is closed."""
+    keep_freed_memory()
     name, address = sys.argv[1:]
     threading.Thread(target=CONTESTANTS[name].serve, args=(address,), daemon=True).start()
     sys.stdin.read()

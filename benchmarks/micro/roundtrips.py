@@ -23,6 +23,7 @@ import typer
 
 from benchmarks.micro.peers import BARE, BATCH_SIZE, CONTESTANTS, NUM_IN_FLIGHT, Client, check_contestants
 from mergesfl.processes import local_address
+from mergesfl.runtime.process import keep_freed_memory
 
 SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 ROUND_TRIPS = (20, 400)  # fewest and most per repeat
@@ -131,6 +132,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="repeats of all sizes")] = 5,
 ) -> None:
     """Prints the table."""
+    keep_freed_memory()
     names = contestants.split(",")
     check_contestants(names)
     print("| transport | KiB | contestant | MB/s | p50 us | p99 us | MB/s / bare pyzmq | p50 / bare pyzmq |")

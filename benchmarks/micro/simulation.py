@@ -27,7 +27,7 @@ from mergesfl.config import RunConfig, load_config
 from mergesfl.data import load_dataset
 from mergesfl.data.dataset import Dataset
 from mergesfl.runtime.journal import read_journal
-from mergesfl.runtime.process import StopFlag
+from mergesfl.runtime.process import StopFlag, keep_freed_memory
 from mergesfl.simulation.fleet import with_fleet
 from mergesfl.simulation.run import simulate
 
@@ -126,6 +126,7 @@ def main(
 ) -> None:
     """Prints both parts."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     measure_overhead(dataset, rounds, repeats)
     if workers:
         measure_scale(dataset, workers, participants, 3)

@@ -1,7 +1,9 @@
-"""What every process of a run does alike: stop on a signal, log one line per event, end with a telling exit code."""
+"""What every process of a run does alike: stop on a signal, log one line per event, end with a telling exit code, and
+hold on to memory that the next step will want again."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -16,6 +18,12 @@ EXIT_USER_ERROR = 2
 EXIT_QUORUM = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_FAILURE = 1
+
+# glibc's malloc.h. By default freed memory soon goes back to the system, and the next step has its pages zeroed anew:
+# 2 to 5 % of a step of HAR or M5 with 64 samples, half of a transfer of 4 MiB (benchmarks/LOG.md, 2026-11-26). 32 MiB is
+# the most that mallopt takes. [ours]
+_M_TRIM_THRESHOLD, KEPT_AT_THE_END_BYTES = -1, 128 << 20  # of the heap's free end
+_M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES = -3, 32 << 20  # from here on a block has a mapping of its own
 
 
 class StopFlag:
@@ -55,6 +63,24 @@ def set_up_logging(level: str) -> None:
         raise ConfigError(f"log level '{level}': expected debug, info, warning or error")
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
+    )
+
+
+def keep_freed_memory() -> bool:
+    """Tells malloc to keep freed memory of tensors for the next step; whether there is a malloc that listens (glibc's).
+
+    What is kept is less than the most that was in use at a time, and KEPT_AT_THE_END_BYTES at most at the heap's end.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    return all(
+        mallopt(parameter, value) == 1
+        for parameter, value in (
+            (_M_TRIM_THRESHOLD, KEPT_AT_THE_END_BYTES),
+            (_M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES),
+        )
     )
 
 
