@@ -20,8 +20,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_FAILURE = 1
 
 # glibc's malloc.h. By default freed memory soon goes back to the system, and the next step has its pages zeroed anew:
-# 2 to 5 % of a step of HAR or M5 with 64 samples, half of a transfer of 4 MiB (benchmarks/LOG.md, 2026-11-26). 32 MiB is
-# the most that mallopt takes. [ours]
+# 2 to 5 % of a step of HAR or M5 with 64 samples, half of a transfer of 4 MiB (benchmarks/LOG.md, 2026-11-26). 32 MiB
+# is the most that mallopt takes. [ours]
 _M_TRIM_THRESHOLD, KEPT_AT_THE_END_BYTES = -1, 128 << 20  # of the heap's free end
 _M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES = -3, 32 << 20  # from here on a block has a mapping of its own
 
