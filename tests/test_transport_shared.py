@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -29,15 +30,17 @@ from mergesfl.protocol.messages import Gradient, Pong
 from mergesfl.runtime.arrays import borrowed_tensor
 from mergesfl.transport import LinkSettings
 from mergesfl.transport import shared as shared_module
+from mergesfl.transport.sealed import NONCE_BYTES
 from mergesfl.transport.shared import (
     AREA_BYTES,
+    CLOSED_SECONDS,
     FEWEST_BYTES,
     MARK,
     MAX_PLACED,
     MAX_UNANSWERED,
     MEMORY_BYTES,
     MOST_BYTES,
-    NONCE_BYTES,
+    SWEEP_SECONDS,
     UP_BEGIN,
     Area,
     Prefix,
@@ -66,7 +69,7 @@ class Ends:
     """Both ends without a socket; they have agreed. What was carried last is kept."""
 
     def __init__(self) -> None:
-        self.worker, self.server = WorkerSide(), ServerSide()
+        self.worker, self.server = WorkerSide(), ServerSide(may_open=True)
         self.worker.unpack([b"welcome"])
         self.up([b"ready"])
         self.down([b"pong"])
@@ -205,14 +208,23 @@ def test_a_message_that_could_not_be_sent_leaves_nothing_behind(ends: Ends) -> N
         packed = ends.worker.pack([b"header", content(2)])
         assert (len(packed.freed), list(packed.placed)) == (1, [UP_BEGIN])
         ends.worker.take_back(packed)
-    received = ends.up([b"header", content(3)])
+    assert as_bytes(ends.up([b"header", content(3)])) == [b"header", content(3)]
     assert prefix_of(ends).placed[0][1] == UP_BEGIN
     assert len(prefix_of(ends).freed) == 1
     packed = ends.server.pack(PEER, [b"header", content(4)])
     assert list(packed.placed) == [UP_BEGIN + AREA_BYTES]
     ends.server.take_back(PEER, packed)
     assert ends.server.pack(PEER, [b"header", content(4)]).placed == packed.placed
-    assert as_bytes(received) == [b"header", content(3)]
+
+
+def test_an_answer_that_could_not_be_sent_is_given_with_the_next_message() -> None:
+    worker, server = WorkerSide(), ServerSide(may_open=True)
+    worker.unpack([b"welcome"])
+    server.unpack(PEER, list(worker.pack([b"ready"]).frames))
+    server.take_back(PEER, server.pack(PEER, [b"pong"]))
+    worker.unpack(list(server.pack(PEER, [b"pong"]).frames))
+    assert len(worker.pack([b"up", content(1)]).placed) == 1
+    worker.close()
 
 
 @given(st.lists(st.one_of(st.integers(1, AREA_BYTES), st.integers(1, 1000)), max_size=60), st.randoms())
@@ -221,14 +233,10 @@ def test_no_two_frames_share_a_byte(sizes: list[int], chance: random.Random) -> 
         def __setitem__(self, where: slice, data: memoryview) -> None:
             assert where.stop - where.start == len(data)
 
-    class Frames(dict[int, memoryview]):
-        def __missing__(self, size: int) -> memoryview:
-            return memoryview(ZEROS)[:size]
-
     area = Area(Unwritten(), UP_BEGIN)  # type: ignore[arg-type]
     taken: dict[int, int] = {}
     for size in sizes:
-        begin = area.put(Frames()[size], size)
+        begin = area.put(memoryview(ZEROS)[:size], size)
         if begin is None:
             gaps = sorted([(UP_BEGIN, UP_BEGIN), *((b, e + -e % 64) for b, e in taken.items())])
             ends_of_gaps = [b for b, _ in gaps[1:]] + [UP_BEGIN + AREA_BYTES]
@@ -252,7 +260,7 @@ ZEROS = mmap.mmap(-1, AREA_BYTES)  # untouched
 
 
 def test_a_worker_offers_nothing_before_it_has_heard_of_a_server() -> None:
-    worker, server = WorkerSide(), ServerSide()
+    worker, server = WorkerSide(), ServerSide(may_open=True)
     assert worker.pack([b"register", content(1)]).frames == [b"register", content(1)]
     worker.unpack([b"welcome"])
     carried = worker.pack([b"ready", content(1)]).frames
@@ -262,11 +270,11 @@ def test_a_worker_offers_nothing_before_it_has_heard_of_a_server() -> None:
 
 
 def test_a_server_that_does_not_take_the_offer_gets_all_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: tuple[int, int], nonce: bytes) -> None:
+    def refuse(source: tuple[int, int], num_bytes: int, nonce: bytes) -> None:
         raise OSError("another container")
 
-    monkeypatch.setattr(shared_module, "_opened", refuse)
-    worker, server = WorkerSide(), ServerSide()
+    monkeypatch.setattr(shared_module, "open_memory", refuse)
+    worker, server = WorkerSide(), ServerSide(may_open=True)
     for index in range(2 * MAX_UNANSWERED):
         assert worker.unpack(list(server.pack(PEER, [b"down"]).frames)) == [b"down"]
         carried = list(worker.pack([b"up", content(1)]).frames)
@@ -292,7 +300,7 @@ def test_a_server_started_anew_reads_the_first_message_and_writes_nothing_over_w
     ends: Ends,
 ) -> None:
     kept = ends.down([b"header", content(1)])
-    ends.server = ServerSide()
+    ends.server = ServerSide(may_open=True)
     assert as_bytes(ends.up([b"header", content(2)])) == [b"header", content(2)]
     assert ends.carried[1:] == []
     assert as_bytes(ends.down([b"header", content(3)])) == [b"header", content(3)]
@@ -300,22 +308,45 @@ def test_a_server_started_anew_reads_the_first_message_and_writes_nothing_over_w
     assert as_bytes(kept) == [b"header", content(1)]
 
 
-def test_memory_that_its_worker_has_closed_is_let_go_of_when_the_next_one_comes(ends: Ends) -> None:
+def newcomer(server: ServerSide, peer: bytes) -> WorkerSide:
+    """A worker that has made its offer."""
+    worker = WorkerSide()
+    worker.unpack([b"welcome"])
+    assert server.unpack(peer, list(worker.pack([b"ready"]).frames)) == [b"ready"]
+    return worker
+
+
+def test_memory_that_its_worker_has_closed_is_let_go_of_after_a_while(ends: Ends) -> None:
     kept = ends.up([b"header", content(1)])
     num_before = mappings()
-    for index in range(5):
-        worker = WorkerSide()
-        worker.unpack([b"welcome"])
-        ends.server.unpack(b"%d" % index, list(worker.pack([b"ready"]).frames))
+    gone = [newcomer(ends.server, b"%d" % index) for index in range(3)]
+    assert mappings() == num_before + 6
+    late = gone[0].pack([b"late"])  # on its way when its worker closes
+    for worker in gone:
         worker.close()
-        del worker
-    assert mappings() <= num_before + 1  # the last one's
+    del worker, gone
+    assert mappings() == num_before + 3
+    now = 100.0
+    ends.server.sweep(now)
+    assert ends.server.unpack(b"0", list(late.frames)) == [b"late"]
+    ends.server.sweep(now + CLOSED_SECONDS - SWEEP_SECONDS)
+    assert mappings() == num_before + 3
+    ends.server.sweep(now + CLOSED_SECONDS)
+    assert mappings() == num_before
+    assert as_bytes(ends.up([b"header", content(2)])) == [b"header", content(2)]  # of a living one nothing is lost
     ends.worker.close()
-    last = WorkerSide()
-    last.unpack([b"welcome"])
-    ends.server.unpack(b"last", list(last.pack([b"ready"]).frames))
+    ends.server.sweep(now + CLOSED_SECONDS + SWEEP_SECONDS)
+    ends.server.sweep(now + 2 * CLOSED_SECONDS + SWEEP_SECONDS)
+    assert ends.server.pack(PEER, [b"header", content(2)]).placed == ()
     assert as_bytes(kept) == [b"header", content(1)]  # who views it still has it
-    last.close()
+
+
+def test_what_lies_in_memory_that_cannot_be_opened_any_more_is_lost(ends: Ends) -> None:
+    """A refusal would end the worker for good; a loss lets it ask, and be told to register again."""
+    ends.server = ServerSide(may_open=True)
+    packed = ends.worker.pack([b"header", content(1)])
+    ends.worker.close()
+    assert ends.server.unpack(PEER, list(packed.frames)) is None
 
 
 def mappings() -> int:
@@ -325,11 +356,53 @@ def mappings() -> int:
 
 def test_no_more_memories_than_the_limit(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_module, "MAX_LINKS", 1)
-    worker = WorkerSide()
-    worker.unpack([b"welcome"])
-    assert ends.server.unpack(b"another", list(worker.pack([b"ready"]).frames)) == [b"ready"]
+    worker = newcomer(ends.server, b"another")
     assert ends.server.pack(b"another", [b"pong"]).frames == [b"pong"]  # not taken
     worker.close()
+
+
+def test_of_few_file_descriptors_most_are_left_for_connections(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (15, 15) if what == resource.RLIMIT_NOFILE else (-1, -1))
+    worker = newcomer(ends.server, b"another")
+    assert ends.server.pack(b"another", [b"pong"]).frames == [b"pong"]  # not taken: 15 // 8 has been given
+    worker.close()
+
+
+def test_a_worker_that_was_about_to_give_up_and_is_answered_takes_part(ends: Ends) -> None:
+    worker, server = WorkerSide(), ServerSide(may_open=True)
+    for _ in range(2 * MAX_UNANSWERED):
+        worker.unpack([b"before the first offer"])
+    server.unpack(PEER, list(worker.pack([b"offer"]).frames))
+    for _ in range(MAX_UNANSWERED):
+        worker.unpack([b"on its way before the server had read it"])
+    assert worker.pack([b"up"]).frames == [b"up"]
+    received = worker.unpack(list(server.pack(PEER, [b"down", content(1)]).frames))
+    assert as_bytes(received) == [b"down", content(1)]
+    del received
+    packed = worker.pack([b"up", content(2)])
+    assert (len(packed.freed), len(packed.placed)) == (1, 1)
+    worker.close()
+
+
+def test_a_server_of_another_transport_takes_no_offer() -> None:
+    """As behind a forwarded UNIX socket."""
+    server = ServerSide(may_open=False)
+    worker = newcomer(server, PEER)
+    assert server.unpack(PEER, list(worker.pack([b"up", content(1)]).frames)) == [b"up", content(1)]
+    assert server.pack(PEER, [b"pong", content(1)]).frames == [b"pong", content(1)]
+    worker.close()
+
+
+@pytest.mark.parametrize("limit", ["address space", "overcommit"])
+def test_where_memory_in_reserve_counts_or_may_be_missing_none_is_made(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit == "address space":
+        monkeypatch.setattr(resource, "getrlimit", lambda what: (1 << 40, resource.RLIM_INFINITY))
+    else:
+        monkeypatch.setattr(Path, "read_text", lambda path: "2\n")
+    with pytest.raises(OSError, match=limit):
+        WorkerSide()
 
 
 # --- what is refused ---
@@ -399,6 +472,16 @@ def test_a_prefix_that_is_not_whole_or_has_too_many_entries_is_refused(ends: End
         refused([begin + bytes(30 * (MAX_PLACED + 1))], ends.server)
 
 
+def test_who_names_more_places_than_there_are_is_refused(ends: Ends) -> None:
+    """A peer that is never told what was let go of may not fill the list of it."""
+    places = [(index, UP_BEGIN + 64 * index, 64) for index in range(1, MAX_PLACED + 1)]
+    ends.up([b"header", content(1)])
+    received = ends.server.unpack(PEER, [forged(ends, [], *places[:-1])])  # beside the one above
+    assert received is not None
+    assert len(received) == MAX_PLACED
+    refused([forged(ends, [], places[0])], ends.server)
+
+
 def test_a_server_does_not_read_where_it_writes(ends: Ends) -> None:
     ends.down([b"header", content(1)])
     prefix = bytes(ends.carried[0])
@@ -441,10 +524,10 @@ def strange_files(folder: Path, nonce: bytes) -> Iterator[tuple[str, int]]:
 def test_what_is_no_sealed_memory_of_the_offered_nonce_is_not_taken(tmp_path: Path) -> None:
     nonce = content(1, NONCE_BYTES)
     for what, handle in strange_files(tmp_path, nonce):
-        server = ServerSide()
+        server = ServerSide(may_open=True)
         assert server.unpack(PEER, [offer(os.getpid(), handle, nonce)]) == [b"header"], what  # an offer not taken
         asked = offer(os.getpid(), handle, nonce, 1, UP_BEGIN, LARGE)
-        assert server.unpack(PEER, [asked]) == [asked], what
+        assert server.unpack(PEER, [asked]) is None, what
         assert server.pack(PEER, [b"pong", content(1)]).frames == [b"pong", content(1)], what
         if handle != 1 << 20:
             os.close(handle)
@@ -452,15 +535,14 @@ def test_what_is_no_sealed_memory_of_the_offered_nonce_is_not_taken(tmp_path: Pa
 
     handle = sealed(MEMORY_BYTES, fcntl.F_SEAL_SHRINK, nonce)  # and this one is
     asked = offer(os.getpid(), handle, nonce, 1, UP_BEGIN, LARGE)
-    assert as_bytes(ServerSide().unpack(PEER, [asked])) == [b"header", bytes(LARGE)]
+    assert as_bytes(ServerSide(may_open=True).unpack(PEER, [asked])) == [b"header", bytes(LARGE)]
     os.close(handle)
 
 
 def test_memory_of_another_user_is_not_taken(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     ends.up([b"header", content(1)])
-    server = ServerSide()
-    assert server.unpack(PEER, list(ends.carried)) == ends.carried
+    assert ServerSide(may_open=True).unpack(PEER, list(ends.carried)) is None
 
 
 @given(st.binary(max_size=200), st.integers(0, 120), st.integers(0, 2))
@@ -471,7 +553,7 @@ def test_whatever_bytes_arrive_a_message_is_handed_up(noise: bytes, where: int, 
     for damaged in (bytes([MARK]) + noise, first[:where] + noise + first[where + len(noise) :], first[:where] + noise):
         frames = [damaged, *[b"frame"] * num_frames]
         received = ends.server.unpack(b"fuzz", list(frames))
-        assert received == frames or len(received) >= 1 + num_frames
+        assert received is None or received == frames or len(received) >= 1 + num_frames
         ends.worker.unpack(list(frames))
 
 
@@ -502,7 +584,7 @@ def test_large_frames_do_not_cross_the_socket_of_two_endpoints() -> None:
         router.rcvtimeo = int(1000 * PATIENCE_SECONDS)
         router.bind(f"ipc://{folder}/ps")
         worker = ZmqWorker(f"ipc://{folder}/ps", QUICK)
-        side = ServerSide()
+        side = ServerSide(may_open=True)
         try:
             seen = []
             for _ in range(3):
@@ -534,7 +616,9 @@ time.sleep(60)
 """
 
 
-def test_what_a_killed_worker_has_sent_is_still_there_and_its_memory_goes_with_it() -> None:
+def test_what_a_killed_worker_has_sent_is_still_there_and_its_memory_goes_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     num_before = mappings()
     with TemporaryDirectory(prefix="msfl") as folder:
         server = ZmqServer(f"ipc://{folder}/ps", QUICK)
@@ -549,12 +633,13 @@ def test_what_a_killed_worker_has_sent_is_still_there_and_its_memory_goes_with_i
                 process.wait()
                 assert as_bytes(frames) == [b"last", bytes([7]) * 1_000_000]
                 assert mappings() == num_before + 1
+                monkeypatch.setattr(shared_module, "SWEEP_SECONDS", 0.0)
+                monkeypatch.setattr(shared_module, "CLOSED_SECONDS", 0.0)
+                server._shared._next_sweep_seconds = 0.0
                 worker = ZmqWorker(server.address, QUICK)
-                for _ in range(2):
+                for _ in range(3):
                     exchange(server, worker, [b"next", content(1)])
-                assert (
-                    mappings() == num_before + 3
-                )  # two of the new worker, in this process, and one that is still viewed
+                assert mappings() == num_before + 3  # two of the new worker, in this process, and one that is viewed
                 del frames
                 assert mappings() == num_before + 2
                 worker.close()

@@ -4,9 +4,8 @@ A socket costs the kernel's two copies of every byte; what lies in common memory
 where it lies. Over ipc:// only, on Linux, between processes of one user; else, and whenever there is no room, frames
 take the socket. Nobody turns it on or off, and no bit of any result depends on it.
 
-The memory is the worker's: a memfd, which has no name in any file system and is gone with those who map it. Sealed, so
-that it cannot shrink under the server's feet (to read what has shrunk away would kill it). One half is written by the
-worker and read by the server (up), the other the other way round (down):
+The memory is the worker's (sealed.py), one for each endpoint. One half is written by the worker and read by the server
+(up), the other the other way round (down):
 
     0                     UP_BEGIN            UP_BEGIN + AREA_BYTES      MEMORY_BYTES
     | nonce, u8 opened    | up                | down                       |
@@ -21,9 +20,10 @@ may still be read, and the new one writes nothing. That is, little-endian,
     u64 offset                         of each frame that the sender has let go of: its place is free again
     u16 index, u64 offset, u64 bytes   of each frame of the message that lies in the memory, in their order
 
-A frame is let go of when nothing of this process views it any more. All numbers are checked by who reads them. What is
-read in place may be changed by the peer meanwhile: who could do so runs as the same user and could as well write into
-this process's files. Labels and other small tensors travel in the header (protocol/layout.py), which is a copy.
+A frame is let go of when nothing of this process views it any more. The places of messages that are lost with a
+connection or a server stay taken until the worker's endpoint is closed. All numbers are checked by who reads them.
+What is read in place may be changed by the peer meanwhile: who could do so runs as the same user and could as well
+write into this process's files. What is small travels in the header (protocol/layout.py), which is a copy.
 
 All [ours].
 """
@@ -35,9 +35,8 @@ import functools
 import logging
 import mmap
 import os
-import stat
+import resource
 import struct
-import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -47,12 +46,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergesfl.protocol.layout import Frame, frame_bytes
-
-if sys.platform == "linux":
-    import fcntl
+from mergesfl.transport.sealed import NONCE_BYTES, Identity, Source, identity_of, make_memory, open_memory
 
 MARK = 0xC1
-NONCE_BYTES = 16
 UP_BEGIN = mmap.PAGESIZE
 # In each direction; only what has been used once takes memory: eight parts of a step (mergesfl/parts.py) of 32 MiB.
 AREA_BYTES = 1 << 28
@@ -63,14 +59,17 @@ ALIGNMENT_BYTES = 64  # of every frame: a cache line, more than any element type
 FEWEST_BYTES, MOST_BYTES = 1 << 15, 1 << 25
 MAX_PLACED = 256  # frames in one area at a time [ours]
 MAX_UNANSWERED = 8  # messages of a server after the first offer, before the worker stops: some were on the way [ours]
-MAX_LINKS = 1024  # of one server; who comes later uses the socket [ours]
+# Of one server; who comes later uses the socket. Each takes a file descriptor of the server, beside the one of the
+# connection, and libzmq ends the process where there is none left: an eighth of them at most. [ours]
+MAX_LINKS = 1024
+# What a worker has sent before it closed may be unread for a while yet. [ours]
+SWEEP_SECONDS, CLOSED_SECONDS = 1.0, 10.0
 
 _BEGIN = f"<B{NONCE_BYTES}sIIHH"
 _COUNTS = struct.Struct("<HH")
 _COUNTS_BEGIN = struct.calcsize(_BEGIN) - _COUNTS.size
 
 Bytes = NDArray[np.uint8]
-Identity = tuple[int, int]  # device and inode
 
 log = logging.getLogger("transport")
 
@@ -131,11 +130,11 @@ class SharedLink:
         may_place: this end may use it already.
     """
 
-    def __init__(self, memory: mmap.mmap, source: tuple[int, int], sends_up: bool, may_place: bool) -> None:
+    def __init__(self, memory: mmap.mmap, source: Source, sends_up: bool, may_place: bool) -> None:
         self.nonce = memory[:NONCE_BYTES]
         self.source = source
         self.may_place = may_place
-        self._is_known = False  # to the other end that it may
+        self._was_said = False  # to the other end, by a server: that it may; by a worker: so, too, once it knows that
         up, down = UP_BEGIN, UP_BEGIN + AREA_BYTES
         self._area = Area(memoryview(memory), up if sends_up else down)
         self._memory = memoryview(memory)
@@ -145,7 +144,7 @@ class SharedLink:
 
     def pack(self, frames: Sequence[Frame]) -> Packed:
         """The message, with a prefix if there is anything to say; large frames are in the memory, if they find room."""
-        if len(frames) == 1 and self._is_known and not self._let_go:
+        if len(frames) == 1 and self._was_said and not self._let_go:
             return Packed(frames)
         freed: list[int] = []
         while self._let_go and len(freed) < MAX_PLACED:
@@ -162,8 +161,8 @@ class SharedLink:
             else:
                 placed.append(offset)
                 entries += (index, offset, num_bytes)
-        if freed or placed or not self._is_known:
-            self._is_known = self.may_place
+        if freed or placed or not self._was_said:
+            self._was_said = self.may_place
             begin = _prefix(len(freed), len(placed))
             numbers = (*self.source, len(freed), len(placed), *freed, *entries)
             left[0] = begin.pack(MARK, self.nonce, *numbers) + bytes(frames[0])
@@ -171,12 +170,15 @@ class SharedLink:
 
     def take_back(self, packed: Packed) -> None:
         """The message could not be sent."""
+        self._was_said = False
         self._let_go.extendleft(reversed(packed.freed))
         for offset in packed.placed:
             self._area.free(offset)
 
     def unpack(self, prefix: Prefix, frames: Sequence[Frame]) -> list[Frame] | None:
         """The message without its prefix, frames in the memory as views; None: it names what is no place of a frame."""
+        if len(self._views) + len(self._let_go) + len(prefix.placed) > MAX_PLACED:
+            return None  # more than the sender has places
         whole: list[Frame] = [prefix.header]
         end = self._read_begin + AREA_BYTES
         plain = iter(frames[1:])
@@ -212,7 +214,7 @@ class Prefix(NamedTuple):
     """What stands in front of a header, and the header."""
 
     nonce: bytes
-    source: tuple[int, int]
+    source: Source
     freed: list[int]
     placed: list[tuple[int, int, int]]  # index, offset, bytes
     header: bytes
@@ -237,15 +239,19 @@ class WorkerSide:
     """
 
     def __init__(self) -> None:
-        memory, handle = _made()
+        memory, handle = make_memory(MEMORY_BYTES)
         self._link = SharedLink(memory, (os.getpid(), handle), sends_up=True, may_place=False)
         self.close = weakref.finalize(self, os.close, handle)  # who has the memory keeps it, nobody else gets it
         self._offers = False  # nothing was heard of a server yet, or it does not answer
+        self._has_offered = False
         self._num_unanswered = 0
 
     def pack(self, frames: Sequence[Frame]) -> Packed:
         """The message as it is sent."""
-        return self._link.pack(frames) if self._offers else Packed(frames)
+        if not self._offers:
+            return Packed(frames)
+        self._has_offered = True
+        return self._link.pack(frames)
 
     def take_back(self, packed: Packed) -> None:
         """The message could not be sent."""
@@ -255,19 +261,27 @@ class WorkerSide:
         """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
         prefix = Prefix.of(frames[0])
         if prefix is not None and prefix.nonce == self._link.nonce:
-            self._link.may_place = True
+            self._link.may_place = self._offers = True
             return self._link.unpack(prefix, frames) or frames
         if not self._link.may_place:
-            self._num_unanswered += self._offers
+            self._num_unanswered += self._has_offered
             self._offers = self._num_unanswered < MAX_UNANSWERED
         return frames
 
 
 class ServerSide:
-    """The memories of all workers that a server's endpoint has opened."""
+    """The memories of all workers that a server's endpoint has opened.
 
-    def __init__(self) -> None:
+    Args:
+        may_open: the endpoint is one of this machine (ipc). Another takes no offer; but somebody may have forwarded
+            a UNIX socket to it, and then offers do arrive.
+    """
+
+    def __init__(self, may_open: bool) -> None:
+        self._may_open = may_open
         self._links: dict[bytes, tuple[SharedLink, Identity]] = {}
+        self._closed_since: dict[bytes, float] = {}
+        self._next_sweep_seconds = 0.0
 
     def pack(self, peer: bytes, frames: Sequence[Frame]) -> Packed:
         """The message as it is sent to this peer."""
@@ -275,97 +289,47 @@ class ServerSide:
         return Packed(frames) if known is None else known[0].pack(frames)
 
     def take_back(self, peer: bytes, packed: Packed) -> None:
-        """The message could not be sent: perhaps the peer is gone, and with it who had the memory."""
-        known = self._links.get(peer)
-        if known is not None:
-            known[0].take_back(packed)
-        self._sweep()
+        """The message could not be sent."""
+        if peer in self._links:
+            self._links[peer][0].take_back(packed)
 
-    def unpack(self, peer: bytes, frames: list[Frame]) -> list[Frame]:
-        """The message as this peer has sent it; as it came, if its prefix is no legal one: the codec refuses that."""
+    def unpack(self, peer: bytes, frames: list[Frame]) -> list[Frame] | None:
+        """The message as this peer has sent it; as it came, if its prefix is no legal one: the codec refuses that.
+
+        None: it lies in memory that cannot be opened (any more), and is lost. Its worker is gone, or has spoken with
+        a server before this one, and will find that its session is unknown.
+        """
         prefix = Prefix.of(frames[0])
         if prefix is None:
             return frames
         known = self._links.get(peer)
         if known is None or known[0].nonce != prefix.nonce:
-            self._sweep()
-            known = self._open(prefix)
-            if known is None:  # an offer that is not taken, unless it is more
-                return [prefix.header, *frames[1:]] if not prefix.placed else frames
+            known = self._opened(prefix) if self._may_open else None
+            if known is None and prefix.placed:
+                return None
+            if known is None:  # no more than an offer, which is not taken
+                return [prefix.header, *frames[1:]]
             self._links[peer] = known
         return known[0].unpack(prefix, frames) or frames
 
-    def _sweep(self) -> None:
-        """Lets go of all memory that its worker has closed."""
+    def sweep(self, now_seconds: float) -> None:
+        """To be called often: lets go, from time to time, of memory that its worker has closed some time ago."""
+        if now_seconds < self._next_sweep_seconds:
+            return
+        self._next_sweep_seconds = now_seconds + SWEEP_SECONDS
         for peer, (link, identity) in list(self._links.items()):
-            if _identity(link.source) != identity:
-                del self._links[peer]
+            if identity_of(link.source) == identity:
+                self._closed_since.pop(peer, None)
+            elif now_seconds - self._closed_since.setdefault(peer, now_seconds) >= CLOSED_SECONDS:
+                del self._links[peer], self._closed_since[peer]
 
-    def _open(self, prefix: Prefix) -> tuple[SharedLink, Identity] | None:
-        if len(self._links) >= MAX_LINKS:
+    def _opened(self, prefix: Prefix) -> tuple[SharedLink, Identity] | None:
+        if len(self._links) >= min(MAX_LINKS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8):
             return None
         try:
-            memory, identity = _opened(prefix.source, prefix.nonce)
+            memory, identity = open_memory(prefix.source, MEMORY_BYTES, prefix.nonce)
         except (OSError, ValueError) as error:  # of another container or user, of nobody ...
             log.debug("no memory in common with process %d: %s", prefix.source[0], error)
             return None
         was_opened, memory[NONCE_BYTES] = memory[NONCE_BYTES], 1
         return SharedLink(memory, prefix.source, sends_up=False, may_place=not was_opened), identity
-
-
-def _path(source: tuple[int, int]) -> str:
-    pid, handle = source
-    return f"/proc/{pid}/fd/{handle}"
-
-
-def _identity(source: tuple[int, int]) -> Identity | None:
-    """Of what a process has open there; None: nothing, or nothing that we may see."""
-    try:
-        found = os.stat(_path(source))  # noqa: PTH116 (no Path: asked of all workers when one comes)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _made() -> tuple[mmap.mmap, int]:
-    """New memory with a new nonce, and its file descriptor. Raises OSError."""
-    if sys.platform != "linux" or not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
-        raise OSError("this system has no sealed memory")
-    handle = os.memfd_create("mergesfl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(handle, MEMORY_BYTES)
-        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        memory = mmap.mmap(handle, MEMORY_BYTES)
-    except BaseException:
-        os.close(handle)
-        raise
-    memory[:NONCE_BYTES] = os.urandom(NONCE_BYTES)
-    return memory, handle
-
-
-def _opened(source: tuple[int, int], nonce: bytes) -> tuple[mmap.mmap, Identity]:
-    """The memory that a worker offers, once all is found as it must be. Raises OSError and ValueError.
-
-    The worker may name any file of any process: none is opened that is no plain one of the size and owner, and none is
-    taken that could shrink, or that does not begin with the nonce.
-    """
-    if sys.platform != "linux" or not hasattr(fcntl, "F_GET_SEALS"):
-        raise OSError("this system has no sealed memory")
-    _check(os.stat(_path(source)))  # noqa: PTH116 (as above)
-    handle = os.open(_path(source), os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        found = os.fstat(handle)
-        _check(found)
-        if not fcntl.fcntl(handle, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise ValueError("memory that may shrink")
-        memory = mmap.mmap(handle, MEMORY_BYTES)
-    finally:
-        os.close(handle)
-    if memory[:NONCE_BYTES] != nonce:
-        raise ValueError("memory with another nonce")
-    return memory, (found.st_dev, found.st_ino)
-
-
-def _check(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode) or found.st_size != MEMORY_BYTES or found.st_uid != os.geteuid():
-        raise ValueError(f"no memory of this user and of {MEMORY_BYTES} bytes")

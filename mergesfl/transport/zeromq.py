@@ -8,6 +8,7 @@ A frame of SEND_LENT_BYTES and more is lent, not copied, while it is sent: libzm
 message has left. Frames that were received belong to the receiver: the first one, the codec's header, is a copy (it is
 small, and to view it would cost more), the others are views. An endpoint belongs to one thread.
 
+Over ipc large frames lie in memory that both ends have in common (shared.py); the rest is about those that do not.
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
 frames together. The first frame of the message that is being read is there twice, whoever sent it.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 import weakref
 
 import zmq
@@ -126,7 +128,7 @@ class ZmqServer(_Endpoint):
         check_address(address, wildcard=True)
         check_ipc_path(address)
         super().__init__(zmq.ROUTER, settings, context, limits)
-        self._shared = ServerSide() if address.startswith("ipc://") else None
+        self._shared = ServerSide(may_open=address.startswith("ipc://"))
         self._socket.setsockopt(zmq.RCVHWM, min(settings.max_queued_messages, SERVER_UNREAD_MESSAGES))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an absent peer is an error, not silence
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again keeps its name
@@ -150,7 +152,7 @@ class ZmqServer(_Endpoint):
             TransportError: the peer is gone, or max_queued_messages are waiting for it.
         """
         _check_frames(frames)
-        packed = Packed(frames) if self._shared is None else self._shared.pack(peer, frames)
+        packed = self._shared.pack(peer, frames)
         try:
             self._socket.getsockopt(_EVENTS)  # makes libzmq look at what has happened: who has gone, who has read
             # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
@@ -160,24 +162,26 @@ class ZmqServer(_Endpoint):
                 num_left -= 1
                 _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
         except zmq.Again as error:
-            self._take_back(peer, packed)
+            self._shared.take_back(peer, packed)
             limit = self._settings.max_queued_messages
             raise TransportError(f"peer {peer.hex()} does not read: {limit} messages wait for it; drop it") from error
         except zmq.ZMQError as error:
-            self._take_back(peer, packed)
+            self._shared.take_back(peer, packed)
             raise TransportError(f"peer {peer.hex()} is unreachable ({error}); drop it") from error
 
     def recv(self, timeout_seconds: float) -> tuple[bytes, list[Frame]] | None:
-        """The next message and the peer it came from; None when the time is over.
+        """The next message and the peer it came from; None when the time is over, or a message was lost (shared.py).
 
         Raises:
             TransportError: this endpoint is closed.
         """
+        self._shared.sweep(time.monotonic())
         arrived = self._receive(timeout_seconds, has_envelope=True)
-        if arrived is None or self._shared is None:
-            return arrived
+        if arrived is None:
+            return None
         peer, frames = arrived
-        return peer, self._shared.unpack(peer, frames)
+        whole = self._shared.unpack(peer, frames)
+        return None if whole is None else (peer, whole)
 
     def close(self) -> None:
         """Closes the socket; reads what has arrived first.
@@ -186,13 +190,10 @@ class ZmqServer(_Endpoint):
         """
         with contextlib.suppress(TransportError):
             for _ in range(MAX_DRAINED_MESSAGES):
-                if self.recv(DRAIN_SECONDS) is None:
+                if self._receive(DRAIN_SECONDS, has_envelope=True) is None:
                     break
         super().close()
-
-    def _take_back(self, peer: bytes, packed: Packed) -> None:
-        if self._shared is not None:
-            self._shared.take_back(peer, packed)
+        self._shared = ServerSide(may_open=False)
 
 
 class ZmqWorker(_Endpoint):
@@ -273,6 +274,7 @@ class ZmqWorker(_Endpoint):
         super().close()
         if self._shared is not None:
             self._shared.close()
+            self._shared = None
 
 
 def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
