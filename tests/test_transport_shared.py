@@ -278,7 +278,7 @@ def test_a_server_that_does_not_take_the_offer_gets_all_through_the_socket(monke
     for index in range(2 * MAX_UNANSWERED):
         assert worker.unpack(list(server.pack(PEER, [b"down"]).frames)) == [b"down"]
         carried = list(worker.pack([b"up", content(1)]).frames)
-        assert (carried[0][0] == MARK) == (index < MAX_UNANSWERED)  # then it gives up
+        assert (carried[0][:1] == MARK) == (index < MAX_UNANSWERED)  # then it gives up
         assert server.unpack(PEER, carried) == [b"up", content(1)]
     worker.close()
 
@@ -550,7 +550,7 @@ def test_whatever_bytes_arrive_a_message_is_handed_up(noise: bytes, where: int, 
     ends = FUZZED
     ends.up([b"header", content(1)])
     first = bytes(ends.carried[0])
-    for damaged in (bytes([MARK]) + noise, first[:where] + noise + first[where + len(noise) :], first[:where] + noise):
+    for damaged in (MARK + noise, first[:where] + noise + first[where + len(noise) :], first[:where] + noise):
         frames = [damaged, *[b"frame"] * num_frames]
         received = ends.server.unpack(b"fuzz", list(frames))
         assert received is None or received == frames or len(received) >= 1 + num_frames

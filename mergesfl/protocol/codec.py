@@ -173,7 +173,10 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
 
 def wire_bytes(frames: Sequence[Frame]) -> int:
     """Bytes of payload in these frames, header included; the transport's own framing is not."""
-    return sum(map(frame_bytes, frames))
+    num_bytes = 0
+    for frame in frames:
+        num_bytes += len(frame) if type(frame) is bytes else memoryview(frame).nbytes
+    return num_bytes
 
 
 def _encode(form: _Format, message: Message, limits: Limits) -> list[Frame]:
@@ -214,7 +217,8 @@ def _add(field: str, key: str, array: object, arrays: list[Array], specs: list[S
 
 
 def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
-    _check_sizes(len(frames), wire_bytes(frames[:1]), wire_bytes(frames), limits)
+    header_bytes = frame_bytes(frames[0]) if frames else 0
+    _check_sizes(len(frames), header_bytes, header_bytes + wire_bytes(frames[1:]), limits)
     form, raw_values, packed, small = _parsed(frames[0], limits)
     content: dict[str, Any] = dict(zip(form.plain, _ruled(form, raw_values, limits), strict=True))
     for field in form.states:
@@ -274,7 +278,7 @@ def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[
 
 
 def _check_sizes(num_frames: int, header_bytes: int, num_bytes: int, limits: Limits) -> None:
-    if not 1 <= num_frames <= limits.max_frames:
+    if not 0 <= num_frames - 1 <= limits.max_tensors:
         raise IllegalValue(f"message of {num_frames} frames, expected 1 to {limits.max_frames}")
     if header_bytes > limits.max_header_bytes:
         raise IllegalValue(f"header of {header_bytes} bytes, the limit is {limits.max_header_bytes}")

@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 from mergesfl.protocol.layout import Frame, frame_bytes
 from mergesfl.transport.sealed import NONCE_BYTES, Identity, Source, identity_of, make_memory, open_memory
 
-MARK = 0xC1
+MARK = b"\xc1"
 UP_BEGIN = mmap.PAGESIZE
 # In each direction; only what has been used once takes memory: eight parts of a step (mergesfl/parts.py) of 32 MiB.
 AREA_BYTES = 1 << 28
@@ -65,7 +65,7 @@ MAX_LINKS = 1024
 # What a worker has sent before it closed may be unread for a while yet. [ours]
 SWEEP_SECONDS, CLOSED_SECONDS = 1.0, 10.0
 
-_BEGIN = f"<B{NONCE_BYTES}sIIHH"
+_BEGIN = f"<c{NONCE_BYTES}sIIHH"
 _COUNTS = struct.Struct("<HH")
 _COUNTS_BEGIN = struct.calcsize(_BEGIN) - _COUNTS.size
 
@@ -222,7 +222,7 @@ class Prefix(NamedTuple):
     @staticmethod
     def of(first: Frame) -> Prefix | None:
         """None: there is none, or not a whole one."""
-        if not first or first[0] != MARK or len(first) < _COUNTS_BEGIN + _COUNTS.size:
+        if first[:1] != MARK or len(first) < _COUNTS_BEGIN + _COUNTS.size:
             return None
         num_freed, num_placed = _COUNTS.unpack_from(first, _COUNTS_BEGIN)
         if max(num_freed, num_placed) > MAX_PLACED or len(first) < (begin := _prefix(num_freed, num_placed)).size:
@@ -259,6 +259,8 @@ class WorkerSide:
 
     def unpack(self, frames: list[Frame]) -> list[Frame]:
         """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
+        if self._link.may_place and frames[0][:1] != MARK:
+            return frames
         prefix = Prefix.of(frames[0])
         if prefix is not None and prefix.nonce == self._link.nonce:
             self._link.may_place = self._offers = True
@@ -299,7 +301,7 @@ class ServerSide:
         None: it lies in memory that cannot be opened (any more), and is lost. Its worker is gone, or has spoken with
         a server before this one, and will find that its session is unknown.
         """
-        prefix = Prefix.of(frames[0])
+        prefix = Prefix.of(frames[0]) if frames[0][:1] == MARK else None
         if prefix is None:
             return frames
         known = self._links.get(peer)

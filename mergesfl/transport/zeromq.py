@@ -48,7 +48,6 @@ SEND_LENT_BYTES = 1 << 19
 # Plain ints: to combine zmq's own flags costs a microsecond each time, and there are some per frame.
 _LAST_FRAME, _MORE_FRAMES = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 _EVENTS, _CAN_SEND, _RECEIVE_TIMEOUT = int(zmq.EVENTS), int(zmq.POLLOUT), int(zmq.RCVTIMEO)
-_RECEIVE_MORE = int(zmq.RCVMORE)
 
 
 class _Endpoint:
@@ -91,16 +90,14 @@ class _Endpoint:
             if timeout_seconds != self._timeout_seconds:
                 socket.setsockopt(_RECEIVE_TIMEOUT, _milliseconds(timeout_seconds))
                 self._timeout_seconds = timeout_seconds
-            header = socket.recv()
             if has_envelope:
-                envelope, header = header, socket.recv()  # a message has one frame at least, and arrives whole
-            frames: list[Frame] = [header]
-            more = socket.getsockopt(_RECEIVE_MORE)
-            while more:
+                envelope = socket.recv()  # a message has one frame at least beside it, and arrives whole
+            part = socket.recv(copy=False)
+            frames: list[Frame] = [part.bytes]
+            while part.more:
                 part = socket.recv(copy=False)
                 if len(frames) <= self._limits.max_frames:
                     frames.append(part.buffer)
-                more = part.more
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
