@@ -19,9 +19,11 @@ from rich.console import Console
 from mergesfl.cluster import run_cluster
 from mergesfl.config import load_config
 from mergesfl.protocol.codec import encode
+from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Features, Leave, Ping, Ready, Register, Update
 from mergesfl.runtime.checkpoint import load_checkpoint
 from mergesfl.runtime.process import StopFlag
+from mergesfl.transport.shared import Area, SharedLink
 from tests.memory_cluster import MEASURED
 from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_group, run, start, wait_until
 
@@ -59,6 +61,34 @@ def test_processes_give_the_same_parameters_as_memory_to_the_bit(
         # Pings and pongs come as time goes by, so bytes may differ by a few of them; all decisions are equal.
         loose = {"ingress_bytes", "egress_bytes"} | MEASURED
         assert {k: v for k, v in one.items() if k not in loose} == {k: v for k, v in two.items() if k not in loose}
+
+
+def test_what_lies_in_common_memory_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features and gradients of a real run, in parts, many large enough to lie there, in both directions."""
+    wide = (
+        "model.cut=conv1",
+        "training.batch_size=64",
+        "training.parts_per_step=2",
+        "training.merge=streaming-in-order",
+    )
+    one = play(tmp_path, "memory", "cluster.transport=memory", *wide)
+    num_bytes = {"read": 0, "written": 0}
+    view, put = SharedLink._view, Area.put
+
+    def counted_view(link: SharedLink, offset: int, size: int) -> memoryview:
+        num_bytes["read"] += size
+        return view(link, offset, size)
+
+    def counted_put(area: Area, frame: Frame, size: int) -> int | None:
+        num_bytes["written"] += size
+        return put(area, frame, size)
+
+    monkeypatch.setattr(SharedLink, "_view", counted_view)
+    monkeypatch.setattr(Area, "put", counted_put)
+    other = play(tmp_path, "ipc", "cluster.transport=ipc", *wide)
+    assert same_parameters(one, other)
+    for what, field in (("read", "ingress_bytes"), ("written", "egress_bytes")):
+        assert num_bytes[what] > sum(line[field] for line in journal(other)) / 4  # the rest: small parts, states
 
 
 def test_a_surveyed_run_is_the_same_over_memory_and_sockets_to_the_bit(tmp_path: Path, undisturbed: Path) -> None:
