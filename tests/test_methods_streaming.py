@@ -127,6 +127,28 @@ def test_dropout_masks_do_not_depend_on_who_has_arrived() -> None:
     assert not same_bits(results[0], at_once(top, MergedTop(top))[:3])  # these are drawn over the merged batch
 
 
+@pytest.mark.parametrize(
+    ("in_order", "elsewhere", "num_forwards"),
+    [(False, False, 6), (True, False, 9), (False, True, 9)],  # of three steps in two groups, of three workers
+)
+def test_what_is_there_goes_through_the_top_together_with_dropout_too(
+    in_order: bool, elsewhere: bool, num_forwards: int
+) -> None:
+    """All ways come to the same numbers; only in order, or on several ranks, one by one."""
+    results, counts = [], []
+    for dropout, one_by_one in ((0.5, in_order), (0.5, True)):
+        top = SplitModel(nn.Sequential(nn.Linear(4, 4), small_top(dropout)), "0").top.train()
+        lengths: list[int] = []
+        top.register_forward_pre_hook(lambda _, inputs, lengths=lengths: lengths.append(len(inputs[0])))
+        if elsewhere:
+            top.train_through(top.compute)
+        results.append(streamed(top, MergedTop(top), ORDERS[1], one_by_one))
+        counts.append(len(lengths))
+    assert counts == [num_forwards, 9]
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["per worker", "fused"])
 def test_a_top_for_each_worker_streams_to_the_same_bits(kind: str) -> None:
     """Dropout included: their masks were drawn per worker always."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mergesfl.errors import ConfigError, MergeSFLError
-from mergesfl.training.dropout import SeededDropout, replace_dropout, seed_dropout
+from mergesfl.training.dropout import SeededDropout, replace_dropout, seed_dropout, seed_dropout_groups
 
 torch.set_num_threads(1)
 
@@ -170,3 +170,39 @@ def test_an_unused_seed_can_be_handed_on() -> None:
     layer(torch.ones(2))
     with pytest.raises(MergeSFLError, match="used up"):
         layer.unused_seed()
+
+
+@pytest.mark.parametrize("mask", ["element", "channel", "sample", "batch"])
+def test_each_group_of_a_batch_gets_the_masks_that_it_gets_alone(mask: str) -> None:
+    groups = [(5, 2), (2**64 - 1, 1), (7, 4)]
+    together, alone = SeededDropout(0.5, mask), SeededDropout(0.5, mask)
+    x = torch.randn(7, 3, 4, 4)
+    together.reseed_groups(groups)
+    first, twin = together(x), copy.deepcopy(together)
+    second = together(x)
+    assert torch.equal(twin(x), second)
+    assert not torch.equal(first, second)
+    begin = 0
+    for seed, rows in groups:
+        alone.reseed(seed)
+        part = slice(begin, begin + rows)
+        assert torch.equal(alone(x[part]), first[part])
+        assert torch.equal(alone(x[part]), second[part])
+        begin += rows
+    with pytest.raises(MergeSFLError, match="got 6 rows of groups with 7"):
+        together(x[:6])
+    with pytest.raises(MergeSFLError, match="used up"):
+        together.unused_seed()
+    together.reseed_groups(groups)
+    with pytest.raises(MergeSFLError, match="missing"):  # of all rows there is none
+        together.unused_seed()
+
+
+def test_groups_seed_layers_by_name_as_one_seed_does() -> None:
+    net = nn.Sequential(SeededDropout(0.5), SeededDropout(0.5))
+    x = torch.ones(6, 50)
+    seed_dropout_groups(net, [(3, 2), (4, 4)])
+    y = net(x)
+    for seed, part in ((3, slice(0, 2)), (4, slice(2, 6))):
+        seed_dropout(net, seed)
+        assert torch.equal(net(x[part]), y[part])

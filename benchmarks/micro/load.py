@@ -5,6 +5,7 @@ replay features of HAR's shape at once (benchmarks/micro/replay.py, another proc
 waited for. Told are steps per second on the wall, p50 and p99 of the time between two steps of a round, the server's
 peak memory, its CPU seconds per step, and the pure compute: the same top, `MergedTop.step` on the same merged batches
 without server and workers. The ratio is pure / server in CPU seconds per step: 1 would be a server that costs nothing.
+Streaming, the server's top computes in groups, as many as happen to be there; the pure compute is the merged step's.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Load:
     batch_size: int  # d, of each worker
     num_steps: int  # of a round
     num_rounds: int
+    merge: str = "barrier"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def load_run(load: Load, folder: Path) -> RunConfig:
             *(f"training.batch_size={load.batch_size}", f"training.local_steps={load.num_steps}"),
             *(f"training.num_rounds={load.num_rounds}", f"cluster.num_workers={load.num_workers}"),
             *("cluster.start_deadline_seconds=600.0", "cluster.step_deadline_seconds=600.0"),
-            "training.learning_rate=0.001",
+            *("training.learning_rate=0.001", f"training.merge={load.merge}"),
         ],
     )
 
@@ -135,10 +137,14 @@ def measure(load: Load) -> Served:
     torch.set_num_threads(1)
     keep_freed_memory()
     marks: list[tuple[float, float]] = []  # wall and CPU seconds at the end of every merged step
+    num_merged = 0  # samples of the open step
 
     def mark(num_samples: int) -> None:
-        assert num_samples == load.num_workers * load.batch_size, "a worker was lost"
-        marks.append((time.perf_counter(), time.process_time()))
+        nonlocal num_merged
+        num_merged += num_samples
+        if num_merged == load.num_workers * load.batch_size:
+            num_merged = 0
+            marks.append((time.perf_counter(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as place:
         folder, clock = Path(place), WallClock()
@@ -161,6 +167,7 @@ def measure(load: Load) -> Served:
         after = pure_seconds(scene, load, features, labels)
         lines = read_journal(config.run_folder / "journal.jsonl")
         num_samples_trained = sum(line["samples_trained"] for line in lines)
+    assert len(marks) == load.num_steps * load.num_rounds, "a worker was lost"
     tau = load.num_steps
     pairs = [(marks[i - 1], marks[i]) for i in range(1, len(marks)) if i % tau]  # within one round
     return Served(
@@ -177,6 +184,7 @@ def main(
     batch: Annotated[int, typer.Option(help="samples of each worker in a step")] = 4,
     steps: Annotated[int, typer.Option(help="steps per round")] = 20,
     rounds: Annotated[int, typer.Option(help="rounds")] = 3,
+    merge: Annotated[str, typer.Option(help="barrier, streaming or streaming-in-order")] = "barrier",
 ) -> None:
     """Prints the table."""
     header = (
@@ -184,7 +192,7 @@ def main(
     )
     print(f"| {header} |\n|{'---|' * (header.count('|') + 1)}")
     for num_workers in map(int, workers.split(",")):
-        load = Load(num_workers, batch, steps, rounds)
+        load = Load(num_workers, batch, steps, rounds, merge)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process: its peak memory is its own
             print(f"| {num_workers} | {pool.apply(measure, (load,)).cells()} |", flush=True)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mergesfl.errors import ConfigError
 from mergesfl.methods.base import MethodSettings, State, StepFeatures, copy_state
 from mergesfl.methods.split_program import seed_of_turn
-from mergesfl.training.dropout import has_dropout, seed_dropout
+from mergesfl.training.dropout import has_dropout, seed_dropout, seed_dropout_groups
 from mergesfl.training.merging import OpenStep, merged_step
 from mergesfl.training.momentum import checked_copy, make_momentum_sgd, put_buffers, take_buffers, zero_buffers
 from mergesfl.training.singles import layer_with_batch_statistics
-from mergesfl.training.split import SplitModel
+from mergesfl.training.split import Half, SplitModel
 
 
 class MergedTop:
@@ -59,30 +59,31 @@ class MergedTop:
         return merged.gradients, merged.loss_nats
 
     def begin_step(self, batch_sizes: Mapping[str, int], seed: int, in_order: bool) -> None:
-        """D = sum d_i is known. Workers with masks of their own, or in an order of their own, go in one by one.
+        """D = sum d_i is known. In order, workers and their parts go in one by one.
 
-        So do their parts. One forward per worker is the simple way to a mask per worker: to build the masks of a group
-        would need every dropout layer to know whose rows are whose, and groups are small, for few features arrive at
-        the same time.
+        So they do where the top has dropout and trains on several ranks, which are told one seed per forward.
         """
         self._open_step = OpenStep(self._top, self._optimizer, sum(batch_sizes.values()), in_order)
         self._batch_sizes, self._fed, self._seed = dict(batch_sizes), [], seed
-        self._feeds_one_by_one = in_order or has_dropout(self._top)
+        elsewhere = isinstance(self._top, Half) and self._top.trains_elsewhere
+        self._feeds_one_by_one = in_order or (elsewhere and has_dropout(self._top))
 
     def feed(self, arrived: Sequence[StepFeatures]) -> list[Tensor]:
         """Adds (d_i / D) dL_i/dw to the gradient of the top; the slices as `step` returns them."""
         groups = [[one] for one in arrived] if self._feeds_one_by_one else [list(arrived)]
         gradients = []
         for group in groups:
-            worker_id, part = group[0].worker_id, group[0].part
-            if self._feeds_one_by_one:
-                seed_dropout(self._top, seed_of_turn(self._seed, worker_id, len(self._batch_sizes), part))
+            seeds = [seed_of_turn(self._seed, one.worker_id, len(self._batch_sizes), one.part) for one in group]
+            if len(group) == 1:
+                seed_dropout(self._top, seeds[0])
+            else:
+                seed_dropout_groups(self._top, list(zip(seeds, [len(one.labels) for one in group], strict=True)))
             gradients += self._open_step.feed(
                 [one.features for one in group],
                 [one.labels for one in group],
                 batch_sizes=[self._batch_sizes[one.worker_id] for one in group],
             )
-            self._fed.append((worker_id, part))
+            self._fed.append((group[0].worker_id, group[0].part))
         return gradients
 
     def end_step(self) -> float:

@@ -7,6 +7,7 @@ on which thread came first. Legend: d samples, F... shape of one sample at this 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ _REPLACED: dict[type[nn.Module], str] = {
 class SeededDropout(nn.Module):
     """Zeroes with probability p and scales the rest by 1 / (1 - p); the identity in evaluation mode.
 
-    After `reseed(seed)` the n-th mask depends on seed, shape, type of device and n only. The generator lives
-    on the device of the input and is made anew, from the same seed, when the module meets another device.
+    After `reseed(seed)` the n-th mask depends on seed, shape, type of device and n only; after `reseed_groups` that is
+    true of the rows of each group. Generators live on the device of the input and are made anew, from the same seeds,
+    when the module meets another device.
 
     Args:
         p: probability of a zero, 0 <= p <= 1.
@@ -52,24 +54,29 @@ class SeededDropout(nn.Module):
             raise ConfigError(f"dropout mask '{mask}' is unknown: choose one of {', '.join(_MASK_DIMS)}")
         self.p = p
         self.mask = mask
-        self._seed: int | None = None
-        self._generator: torch.Generator | None = None
+        self._seeds: tuple[int, ...] = ()  # one, or one per group of rows
+        self._num_rows: tuple[int, ...] = ()  # of each group; empty: all rows have the one seed
+        self._generators: list[torch.Generator] = []  # of the seeds, once a mask was drawn
         self._shard: tuple[int, int, int] | None = None
 
     def reseed(self, seed: int) -> None:
         """Starts the stream of masks of this seed (any non-negative integer below 2**64) from its beginning."""
-        self._seed = seed
-        self._generator = None
+        self._seeds, self._num_rows, self._generators = (seed,), (), []
+
+    def reseed_groups(self, groups: Sequence[tuple[int, int]]) -> None:
+        """Starts a stream for each group (seed, rows) of the batch, in order: each gets the masks it gets alone."""
+        self._seeds, self._num_rows = tuple(seed for seed, _ in groups), tuple(rows for _, rows in groups)
+        self._generators = []
 
     def unused_seed(self) -> int:
-        """The seed, of which no mask has been drawn. Raises MergeSFLError: not seeded since the last forward."""
-        if self._seed is None or self._generator is not None:
+        """The seed of all rows, of which no mask has been drawn. Raises MergeSFLError: there is none such."""
+        if len(self._seeds) != 1 or self._num_rows or self._generators:
             raise MergeSFLError(
                 "a SeededDropout is shared by several processes, and its seed is "
-                f"{'missing' if self._seed is None else 'used up'}: call mergesfl.training.dropout.seed_dropout(model, "
+                f"{'used up' if self._generators else 'missing'}: call mergesfl.training.dropout.seed_dropout(model, "
                 "seed) before every forward"
             )
-        return self._seed
+        return self._seeds[0]
 
     def take_rows(self, begin: int, end: int, num_rows: int) -> None:
         """From now on inputs are rows begin..end of a batch of num_rows: masks are drawn for all of it."""
@@ -84,13 +91,13 @@ class SeededDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         keep = 1.0 - self.p
-        own_dims = _MASK_DIMS[self.mask]
-        batch = self._batch_shape(x)
-        own = batch if own_dims is None else batch[:own_dims]
-        mask = torch.empty(*own, *(1 for _ in x.shape[len(own) :]), device=x.device, dtype=x.dtype)
-        mask.bernoulli_(keep, generator=self._stream(x.device))
-        if self._shard is not None and own:
-            mask = mask[self._shard[0] : self._shard[1]]  # broadcasts to x
+        generators = self._streams(x.device)
+        if self._num_rows:
+            mask = self._group_masks(x, generators)
+        else:
+            mask = self._mask(self._batch_shape(x), x, generators[0])
+            if self._shard is not None and mask.shape[0] > 1:
+                mask = mask[self._shard[0] : self._shard[1]]
         if keep > 0.0:
             mask.div_(keep)
         return x * mask
@@ -98,6 +105,26 @@ class SeededDropout(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
         return f"p={self.p}, mask={self.mask}"
+
+    def _mask(self, batch: tuple[int, ...], x: Tensor, generator: torch.Generator) -> Tensor:
+        """Zeros and ones that broadcast to a batch of this shape."""
+        own_dims = _MASK_DIMS[self.mask]
+        own = batch if own_dims is None else batch[:own_dims]
+        mask = torch.empty(*own, *(1 for _ in batch[len(own) :]), device=x.device, dtype=x.dtype)
+        return mask.bernoulli_(1.0 - self.p, generator=generator)
+
+    def _group_masks(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The same of all groups, one after the other."""
+        if x.shape[0] != sum(self._num_rows):
+            raise MergeSFLError(
+                f"a SeededDropout got {x.shape[0]} rows of groups with {sum(self._num_rows)}: a layer before it folds "
+                "other dimensions into the batch; set training.merge = 'streaming-in-order', or 'barrier'"
+            )
+        masks = [
+            self._mask((rows, *x.shape[1:]), x, generator)
+            for rows, generator in zip(self._num_rows, generators, strict=True)
+        ]
+        return torch.cat([mask.expand(rows, *mask.shape[1:]) for rows, mask in zip(self._num_rows, masks, strict=True)])
 
     def _batch_shape(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the batch of which x is a part, or the whole."""
@@ -111,32 +138,31 @@ class SeededDropout(nn.Module):
             )
         return (num_rows, *x.shape[1:])
 
-    def _stream(self, device: torch.device) -> torch.Generator:
-        if self._seed is None:
+    def _streams(self, device: torch.device) -> list[torch.Generator]:
+        if not self._seeds:
             raise MergeSFLError(
                 "a SeededDropout in training mode has no seed (expected: one per round and worker): "
                 "call mergesfl.training.dropout.seed_dropout(model, seed) before the first step"
             )
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device=device)
-            self._generator.manual_seed(self._seed)
-        return self._generator
+        if not self._generators or self._generators[0].device != device:
+            self._generators = [torch.Generator(device=device).manual_seed(seed) for seed in self._seeds]
+        return self._generators
 
     # A torch.Generator cannot be copied in every version of torch: its state can.
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        generator = state.pop("_generator")
-        state["_stream_state"] = None if generator is None else (generator.device, generator.get_state())
+        state["_generators"] = [(generator.device, generator.get_state()) for generator in self._generators]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        stream = state.pop("_stream_state")
+        streams = state.pop("_generators")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._generator = None
-        if stream is not None:
-            self._generator = torch.Generator(device=stream[0])
-            self._generator.set_state(stream[1])
+        self._generators = []
+        for device, stream in streams:
+            generator = torch.Generator(device=device)
+            generator.set_state(stream)
+            self._generators.append(generator)
 
 
 def replace_dropout(net: nn.Module) -> nn.Module:
@@ -177,5 +203,15 @@ def seed_dropout(module: nn.Module, seed: int) -> None:
     """
     for name, layer in module.named_modules():
         if isinstance(layer, SeededDropout):
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            layer.reseed(int.from_bytes(digest, "little"))
+            layer.reseed(_seed_of(seed, name))
+
+
+def seed_dropout_groups(module: nn.Module, groups: Sequence[tuple[int, int]]) -> None:
+    """The same for a batch of several groups (seed, rows): each gets the masks that it gets alone with its seed."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, SeededDropout):
+            layer.reseed_groups([(_seed_of(seed, name), rows) for seed, rows in groups])
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")

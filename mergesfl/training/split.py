@@ -53,6 +53,11 @@ class Half(nn.Module):
         """
         self._stand_in = stand_in
 
+    @property
+    def trains_elsewhere(self) -> bool:
+        """Whether there is such a stand-in."""
+        return self._stand_in is not None
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stand_in": None}
 
