@@ -92,8 +92,9 @@ class TrainingConfig(Section):
     learning_rate_min: PositiveFloat = 0.005  # [code]
     bottom_learning_rate: Literal["equal", "proportional"] = "equal"  # proportional: eta * d_i / mean d
     # When the server processes the features of a step: all at once when the last are in (barrier) [paper], or what is
-    # there as it arrives, answering at once (streaming): faster where times vary, the same mathematics. In-order: the
-    # same, and equal to the bit whatever the order of arrival, for a third more of the server's computing.
+    # there as it arrives, answering at once (streaming): faster where times vary, the same mathematics but for dropout
+    # masks of the top, which are drawn worker by worker. In-order: the same, and equal to the bit whatever the order of
+    # arrival; the server computes worker by worker, which takes 2 to 9 times as long.
     merge: Literal["barrier", "streaming", "streaming-in-order"] = "barrier"
     # Streaming, a worker sends its batch of a step in so many parts: while the gradient of one comes down the next is
     # computed and goes up. The same mathematics, but for dropout masks, which are drawn part by part.

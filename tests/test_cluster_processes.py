@@ -23,7 +23,7 @@ from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Features, Leave, Ping, Ready, Register, Update
 from mergesfl.runtime.checkpoint import load_checkpoint
 from mergesfl.runtime.process import StopFlag
-from mergesfl.transport.shared import Area, SharedLink
+from mergesfl.transport.shared import Area, SharedMemory
 from tests.memory_cluster import MEASURED
 from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_group, run, start, wait_until
 
@@ -73,17 +73,17 @@ def test_what_lies_in_common_memory_changes_no_bit(tmp_path: Path, monkeypatch: 
     )
     one = play(tmp_path, "memory", "cluster.transport=memory", *wide)
     num_bytes = {"read": 0, "written": 0}
-    view, put = SharedLink._view, Area.put
+    view, put = SharedMemory._view, Area.put
 
-    def counted_view(link: SharedLink, offset: int, size: int) -> memoryview:
+    def counted_view(shared: SharedMemory, offset: int, size: int) -> memoryview:
         num_bytes["read"] += size
-        return view(link, offset, size)
+        return view(shared, offset, size)
 
     def counted_put(area: Area, frame: Frame, size: int) -> int | None:
         num_bytes["written"] += size
         return put(area, frame, size)
 
-    monkeypatch.setattr(SharedLink, "_view", counted_view)
+    monkeypatch.setattr(SharedMemory, "_view", counted_view)
     monkeypatch.setattr(Area, "put", counted_put)
     other = play(tmp_path, "ipc", "cluster.transport=ipc", *wide)
     assert same_parameters(one, other)
@@ -105,9 +105,12 @@ def test_a_surveyed_run_is_the_same_over_memory_and_sockets_to_the_bit(tmp_path:
     assert journal(one)[0]["predicted_seconds"] != journal(undisturbed)[0]["predicted_seconds"]
 
 
-def test_streaming_in_order_is_the_same_over_memory_and_sockets_to_the_bit(tmp_path: Path) -> None:
+def test_streaming_in_order_is_the_same_over_memory_and_sockets_to_the_bit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whoever comes first: threads, processes. Another policy gives other dropout masks, and other parameters."""
     one = play(tmp_path, "streamed", "cluster.transport=memory", "training.merge=streaming-in-order")
+    assert "draws the top's dropout masks for each worker and part on its own" in caplog.text
     other = play(tmp_path, "sockets", "cluster.transport=tcp", "training.merge=streaming-in-order")
     assert same_parameters(one, other)
     loose = {"ingress_bytes", "egress_bytes"} | MEASURED

@@ -93,7 +93,7 @@ def test_a_worker_is_welcomed_and_may_be_chosen_once_it_is_ready() -> None:
         (registration("a", sample_shape=(3, 9)), "samples of shape (3, 9), this run is for (1, 8, 8)"),
         (registration("a", (1, 1, 1, 1)), "samples of class '3', this run knows the 3 classes 0, 1, 2: "),
         (registration("a", num_samples=99), "holds 99 samples but counts 20 labels"),
-        (registration("a", protocol_version=7), "speaks protocol 7, this server 4: install the same mergesfl on both "),
+        (registration("a", protocol_version=7), "speaks protocol 7, this server 5: install the same mergesfl on both "),
     ],
 )
 def test_a_registration_that_does_not_fit_is_refused_with_the_reason(message: Register, expected: str) -> None:

@@ -6,6 +6,7 @@ Legend: D merged samples, d_i samples of worker i.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
     assert torch.equal(joined(parts), whole) and joined(parts).data_ptr() == whole.data_ptr()
     assert joined(parts[1:]).data_ptr() == parts[1].data_ptr()
     assert torch.equal(joined(parts[1:]), whole[2:])
+
+
+def test_gradients_leave_as_slices_of_one_buffer() -> None:
+    """What a worker is sent needs no copy: each slice begins where the one before ends."""
+    model = SplitModel(small_cnn(), "0")
+    xs, ys = batches()
+    features = [model.bottom(x).detach() for x in xs]
+    gradients = merged_step(model.top, make_sgd(model.top.parameters(), RATE), features, ys).gradients
+    assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == 1
+    for one, following in itertools.pairwise(gradients):
+        assert following.storage_offset() == one.storage_offset() + one.numel()
 
 
 @pytest.mark.parametrize("order", [(0, 2), (1, 0), (0, 0), (2, 1)])

@@ -355,7 +355,7 @@ def mappings() -> int:
 
 
 def test_no_more_memories_than_the_limit(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_module, "MAX_LINKS", 1)
+    monkeypatch.setattr(shared_module, "MAX_MEMORIES", 1)
     worker = newcomer(ends.server, b"another")
     assert ends.server.pack(b"another", [b"pong"]).frames == [b"pong"]  # not taken
     worker.close()

@@ -6,7 +6,9 @@ which only view it, answer the bytes of the first message of the same size. To p
 be cheaper, and no server with a model does that.
 
 Bare pyzmq sends three frames up and two down, with copy=False: pyzmq copies what is below 64 KiB and lends the rest.
-Ours copies more, and small tensors travel in its header: at 4 KiB it sends one frame each way, above two.
+Ours copies more, and small tensors travel in its header: at 4 KiB it sends one frame each way, above two. Over ipc its
+tensors from 32 KiB up lie in memory that both ends map (mergesfl/transport/shared.py), as in every run over ipc; those
+of the others cross the socket. The processes of all keep freed memory, as those of a run.
 `python -m benchmarks.micro.peers NAME ADDRESS` is the server; it prints where it listens and ends with its parent.
 """
 

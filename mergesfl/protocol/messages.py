@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic]
 Setting = int | float | str | bool
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 NUMBERS_PER_ROUND = 100  # of a survey, and of up to 99 attempts
 SURVEY_ATTEMPT = 0  # the survey comes before the first attempt at its round
 

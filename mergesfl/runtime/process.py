@@ -22,8 +22,9 @@ EXIT_FAILURE = 1
 # glibc's malloc.h. By default freed memory soon goes back to the system, and the next step has its pages zeroed anew:
 # 2 to 5 % of a step of HAR or M5 with 64 samples, half of a transfer of 4 MiB (benchmarks/LOG.md, 2026-11-26). 32 MiB
 # is the most that mallopt takes. [ours]
-_M_TRIM_THRESHOLD, KEPT_AT_THE_END_BYTES = -1, 128 << 20  # of the heap's free end
-_M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES = -3, 32 << 20  # from here on a block has a mapping of its own
+KEPT_AT_THE_END_BYTES = 128 << 20
+MAPPED_ALONE_BYTES = 32 << 20  # from here on a block has a mapping of its own, and goes back at once
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class StopFlag:
@@ -69,7 +70,8 @@ def set_up_logging(level: str) -> None:
 def keep_freed_memory() -> bool:
     """Tells malloc to keep freed memory of tensors for the next step; whether there is a malloc that listens (glibc's).
 
-    What is kept is less than the most that was in use at a time, and KEPT_AT_THE_END_BYTES at most at the heap's end.
+    Freed blocks below MAPPED_ALONE_BYTES stay with the process; of what is free at the end of each heap (threads may
+    have their own) what exceeds KEPT_AT_THE_END_BYTES goes back.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -12,15 +12,16 @@ The memory is the worker's (sealed.py), one for each endpoint. One half is writt
 
 Once it has heard of the server, the worker offers its memory in front of its headers: process, file descriptor, nonce.
 A server that can open /proc/PID/fd/FD and finds the nonce there has the same memory, and says so by the same nonce in
-front of its own header; then both use it. The offer stands before every header that has anything before it, so that a
-server that was started anew understands the first one; where one has opened the memory already, what that one wrote
-may still be read, and the new one writes nothing. That is, little-endian,
+front of its own next header; then both use it. Every prefix repeats the offer, so that a server that was started anew
+can read what comes. It finds the byte `opened` set by its predecessor, whose frames may still be read, and writes
+nothing. A prefix is, little-endian,
 
     u8 0xC1 (which begins no msgpack) | 16 bytes nonce | u32 pid | u32 fd | u16 freed | u16 placed
     u64 offset                         of each frame that the sender has let go of: its place is free again
     u16 index, u64 offset, u64 bytes   of each frame of the message that lies in the memory, in their order
 
-A frame is let go of when nothing of this process views it any more. The places of messages that are lost with a
+A frame is let go of when nothing of this process views it any more; the next message to its sender says so, and its
+place is used again. The places of messages that are lost with a
 connection or a server stay taken until the worker's endpoint is closed. All numbers are checked by who reads them.
 What is read in place may be changed by the peer meanwhile: who could do so runs as the same user and could as well
 write into this process's files. What is small travels in the header (protocol/layout.py), which is a copy.
@@ -49,7 +50,7 @@ from mergesfl.protocol.layout import Frame, frame_bytes
 from mergesfl.transport.sealed import NONCE_BYTES, Identity, Source, identity_of, make_memory, open_memory
 
 MARK = b"\xc1"
-UP_BEGIN = mmap.PAGESIZE
+UP_BEGIN = mmap.PAGESIZE  # both ends are on one machine
 # In each direction; only what has been used once takes memory: eight parts of a step (mergesfl/parts.py) of 32 MiB.
 AREA_BYTES = 1 << 28
 MEMORY_BYTES = UP_BEGIN + 2 * AREA_BYTES
@@ -61,7 +62,7 @@ MAX_PLACED = 256  # frames in one area at a time [ours]
 MAX_UNANSWERED = 8  # messages of a server after the first offer, before the worker stops: some were on the way [ours]
 # Of one server; who comes later uses the socket. Each takes a file descriptor of the server, beside the one of the
 # connection, and libzmq ends the process where there is none left: an eighth of them at most. [ours]
-MAX_LINKS = 1024
+MAX_MEMORIES = 1024
 # What a worker has sent before it closed may be unread for a while yet. [ours]
 SWEEP_SECONDS, CLOSED_SECONDS = 1.0, 10.0
 
@@ -120,7 +121,7 @@ class Packed(NamedTuple):
     freed: Sequence[int] = ()
 
 
-class SharedLink:
+class SharedMemory:
     """The memory of one worker, as one of the two ends sees it; belongs to one thread.
 
     Args:
@@ -134,7 +135,7 @@ class SharedLink:
         self.nonce = memory[:NONCE_BYTES]
         self.source = source
         self.may_place = may_place
-        self._was_said = False  # to the other end, by a server: that it may; by a worker: so, too, once it knows that
+        self._has_told = False  # the other end that it may; until then every header has a prefix
         up, down = UP_BEGIN, UP_BEGIN + AREA_BYTES
         self._area = Area(memoryview(memory), up if sends_up else down)
         self._memory = memoryview(memory)
@@ -144,7 +145,7 @@ class SharedLink:
 
     def pack(self, frames: Sequence[Frame]) -> Packed:
         """The message, with a prefix if there is anything to say; large frames are in the memory, if they find room."""
-        if len(frames) == 1 and self._was_said and not self._let_go:
+        if len(frames) == 1 and self._has_told and not self._let_go:
             return Packed(frames)
         freed: list[int] = []
         while self._let_go and len(freed) < MAX_PLACED:
@@ -161,8 +162,8 @@ class SharedLink:
             else:
                 placed.append(offset)
                 entries += (index, offset, num_bytes)
-        if freed or placed or not self._was_said:
-            self._was_said = self.may_place
+        if freed or placed or not self._has_told:
+            self._has_told = self.may_place
             begin = _prefix(len(freed), len(placed))
             numbers = (*self.source, len(freed), len(placed), *freed, *entries)
             left[0] = begin.pack(MARK, self.nonce, *numbers) + bytes(frames[0])
@@ -170,7 +171,7 @@ class SharedLink:
 
     def take_back(self, packed: Packed) -> None:
         """The message could not be sent."""
-        self._was_said = False
+        self._has_told = False
         self._let_go.extendleft(reversed(packed.freed))
         for offset in packed.placed:
             self._area.free(offset)
@@ -240,34 +241,38 @@ class WorkerSide:
 
     def __init__(self) -> None:
         memory, handle = make_memory(MEMORY_BYTES)
-        self._link = SharedLink(memory, (os.getpid(), handle), sends_up=True, may_place=False)
-        self.close = weakref.finalize(self, os.close, handle)  # who has the memory keeps it, nobody else gets it
-        self._offers = False  # nothing was heard of a server yet, or it does not answer
+        self._shared = SharedMemory(memory, (os.getpid(), handle), sends_up=True, may_place=False)
+        self._close = weakref.finalize(self, os.close, handle)
+        self._is_offering = False  # not before it has heard of a server, nor when that one has not answered for long
         self._has_offered = False
         self._num_unanswered = 0
 
+    def close(self) -> None:
+        """Who has the memory keeps it, nobody else gets it."""
+        self._close()
+
     def pack(self, frames: Sequence[Frame]) -> Packed:
         """The message as it is sent."""
-        if not self._offers:
+        if not self._is_offering:
             return Packed(frames)
         self._has_offered = True
-        return self._link.pack(frames)
+        return self._shared.pack(frames)
 
     def take_back(self, packed: Packed) -> None:
         """The message could not be sent."""
-        self._link.take_back(packed)
+        self._shared.take_back(packed)
 
     def unpack(self, frames: list[Frame]) -> list[Frame]:
         """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
-        if self._link.may_place and frames[0][:1] != MARK:
+        if self._shared.may_place and frames[0][:1] != MARK:
             return frames
         prefix = Prefix.of(frames[0])
-        if prefix is not None and prefix.nonce == self._link.nonce:
-            self._link.may_place = self._offers = True
-            return self._link.unpack(prefix, frames) or frames
-        if not self._link.may_place:
+        if prefix is not None and prefix.nonce == self._shared.nonce:
+            self._shared.may_place = self._is_offering = True
+            return self._shared.unpack(prefix, frames) or frames
+        if not self._shared.may_place:
             self._num_unanswered += self._has_offered
-            self._offers = self._num_unanswered < MAX_UNANSWERED
+            self._is_offering = self._num_unanswered < MAX_UNANSWERED
         return frames
 
 
@@ -281,19 +286,19 @@ class ServerSide:
 
     def __init__(self, may_open: bool) -> None:
         self._may_open = may_open
-        self._links: dict[bytes, tuple[SharedLink, Identity]] = {}
+        self._memories: dict[bytes, tuple[SharedMemory, Identity]] = {}
         self._closed_since: dict[bytes, float] = {}
         self._next_sweep_seconds = 0.0
 
     def pack(self, peer: bytes, frames: Sequence[Frame]) -> Packed:
         """The message as it is sent to this peer."""
-        known = self._links.get(peer)
+        known = self._memories.get(peer)
         return Packed(frames) if known is None else known[0].pack(frames)
 
     def take_back(self, peer: bytes, packed: Packed) -> None:
         """The message could not be sent."""
-        if peer in self._links:
-            self._links[peer][0].take_back(packed)
+        if peer in self._memories:
+            self._memories[peer][0].take_back(packed)
 
     def unpack(self, peer: bytes, frames: list[Frame]) -> list[Frame] | None:
         """The message as this peer has sent it; as it came, if its prefix is no legal one: the codec refuses that.
@@ -304,14 +309,14 @@ class ServerSide:
         prefix = Prefix.of(frames[0]) if frames[0][:1] == MARK else None
         if prefix is None:
             return frames
-        known = self._links.get(peer)
+        known = self._memories.get(peer)
         if known is None or known[0].nonce != prefix.nonce:
             known = self._opened(prefix) if self._may_open else None
             if known is None and prefix.placed:
                 return None
             if known is None:  # no more than an offer, which is not taken
                 return [prefix.header, *frames[1:]]
-            self._links[peer] = known
+            self._memories[peer] = known
         return known[0].unpack(prefix, frames) or frames
 
     def sweep(self, now_seconds: float) -> None:
@@ -319,14 +324,14 @@ class ServerSide:
         if now_seconds < self._next_sweep_seconds:
             return
         self._next_sweep_seconds = now_seconds + SWEEP_SECONDS
-        for peer, (link, identity) in list(self._links.items()):
-            if identity_of(link.source) == identity:
+        for peer, (shared, identity) in list(self._memories.items()):
+            if identity_of(shared.source) == identity:
                 self._closed_since.pop(peer, None)
             elif now_seconds - self._closed_since.setdefault(peer, now_seconds) >= CLOSED_SECONDS:
-                del self._links[peer], self._closed_since[peer]
+                del self._memories[peer], self._closed_since[peer]
 
-    def _opened(self, prefix: Prefix) -> tuple[SharedLink, Identity] | None:
-        if len(self._links) >= min(MAX_LINKS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8):
+    def _opened(self, prefix: Prefix) -> tuple[SharedMemory, Identity] | None:
+        if len(self._memories) >= min(MAX_MEMORIES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8):
             return None
         try:
             memory, identity = open_memory(prefix.source, MEMORY_BYTES, prefix.nonce)
@@ -334,4 +339,4 @@ class ServerSide:
             log.debug("no memory in common with process %d: %s", prefix.source[0], error)
             return None
         was_opened, memory[NONCE_BYTES] = memory[NONCE_BYTES], 1
-        return SharedLink(memory, prefix.source, sends_up=False, may_place=not was_opened), identity
+        return SharedMemory(memory, prefix.source, sends_up=False, may_place=not was_opened), identity

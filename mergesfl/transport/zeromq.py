@@ -8,10 +8,11 @@ A frame of SEND_LENT_BYTES and more is lent, not copied, while it is sent: libzm
 message has left. Frames that were received belong to the receiver: the first one, the codec's header, is a copy (it is
 small, and to view it would cost more), the others are views. An endpoint belongs to one thread.
 
-Over ipc large frames lie in memory that both ends have in common (shared.py); the rest is about those that do not.
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
-frames together. The first frame of the message that is being read is there twice, whoever sent it.
+frames together. The first frame of the message that is being read is there twice, libzmq's and our copy. Over ipc
+large frames take the way of shared.py instead, in memory of the worker's: as much as was on the way at a time, twice
+AREA_BYTES at most, until its endpoint is closed.
 """
 
 from __future__ import annotations
