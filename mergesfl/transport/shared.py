@@ -21,10 +21,10 @@ nothing. A prefix is, little-endian,
     u16 index, u64 offset, u64 bytes   of each frame of the message that lies in the memory, in their order
 
 A frame is let go of when nothing of this process views it any more; the next message to its sender says so, and its
-place is used again. The places of messages that are lost with a
-connection or a server stay taken until the worker's endpoint is closed. All numbers are checked by who reads them.
-What is read in place may be changed by the peer meanwhile: who could do so runs as the same user and could as well
-write into this process's files. What is small travels in the header (protocol/layout.py), which is a copy.
+place is used again. The places of messages that are lost with a connection or a server stay taken until the worker's
+endpoint is closed. All numbers are checked by who reads them. What is read in place may be changed by the peer
+meanwhile: who could do so runs as the same user and could as well write into this process's files. What is small
+travels in the header (protocol/layout.py), which is a copy.
 
 All [ours].
 """
