@@ -122,7 +122,7 @@ def test_golden_bytes() -> None:
     # The header by hand, after the msgpack specification: 9n array of n, an str of n, cb float64, c2 false, c4 n bytes.
     # 0.5 = 2**-1 is 3fe0000000000000; in float32 1.0 is 3f800000 and -2.0 is c0000000, little-endian on the wire.
     header = (
-        b"\x95\x04\xa8gradient"
+        b"\x95\x05\xa8gradient"
         b"\x94\x03\x02\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00\x00"
         b"\xc4\x18\x91\x95\xa8gradient\xa0\xa7float32\x92\x01\x03\xc2"
         b"\xc4\x10\x00\x00\x80\x3f\x00\x00\x00\xc0\x00\x00\x80\x3f\x00\x00\x00\x00"  # 12 bytes and 4 of padding
@@ -136,7 +136,7 @@ def test_golden_bytes() -> None:
 def test_golden_bytes_of_a_large_tensor() -> None:
     """It has a frame of its own; labels behind it travel in the header."""
     header = (
-        b"\x95\x04\xa8features\x93\x03\x02\x00"
+        b"\x95\x05\xa8features\x93\x03\x02\x00"
         b"\xc4\x2a\x92\x95\xa8features\xa0\xa5uint8\x92\x01\xcd\x40\x01\xc2\x95\xa6labels\xa0\xa5int64\x91\x01\xc2"
         b"\xc4\x08\x07\x00\x00\x00\x00\x00\x00\x00"
     )
@@ -538,7 +538,7 @@ def test_the_untouched_gradient_is_legal() -> None:
         ([header(m.PROTOCOL_VERSION, "ping", [], {})], "specs are no list"),
         ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"", b""])], "specs of 0 bytes is no msgpack"),
         ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], b"\x90\x90", b""])], "specs of 2 bytes is no msgpack"),
-        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 4"),
+        ([header(1, "hello")], "peer speaks protocol version 1, this end speaks 5"),
         ([header(m.PROTOCOL_VERSION, "pong!", [], [])], "unknown kind of message 'pong!'"),
         ([header(m.PROTOCOL_VERSION, ["ping"], [], [])], "unknown kind of message a value of type list"),
         ([header(m.PROTOCOL_VERSION, "ping", [1], [])], "ping with 1 values; expected 0"),
