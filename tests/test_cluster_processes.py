@@ -23,7 +23,8 @@ from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Features, Leave, Ping, Ready, Register, Update
 from mergesfl.runtime.checkpoint import load_checkpoint
 from mergesfl.runtime.process import StopFlag
-from mergesfl.transport.shared import Area, SharedMemory
+from mergesfl.transport.area import Area
+from mergesfl.transport.shared import SharedMemory
 from tests.memory_cluster import MEASURED
 from tests.processes import SMALL, declared, free_port, is_alive, journal, kill_group, run, start, wait_until
 

@@ -30,19 +30,17 @@ from mergesfl.protocol.messages import Gradient, Pong
 from mergesfl.runtime.arrays import borrowed_tensor
 from mergesfl.transport import LinkSettings
 from mergesfl.transport import shared as shared_module
+from mergesfl.transport.area import AREA_BYTES, MAX_PLACED, Area
 from mergesfl.transport.sealed import NONCE_BYTES
 from mergesfl.transport.shared import (
-    AREA_BYTES,
     CLOSED_SECONDS,
     FEWEST_BYTES,
     MARK,
-    MAX_PLACED,
     MAX_UNANSWERED,
     MEMORY_BYTES,
     MOST_BYTES,
     SWEEP_SECONDS,
     UP_BEGIN,
-    Area,
     Prefix,
     ServerSide,
     WorkerSide,

@@ -73,11 +73,9 @@ class MergedTop:
         groups = [[one] for one in arrived] if self._feeds_one_by_one else [list(arrived)]
         gradients = []
         for group in groups:
-            seeds = [seed_of_turn(self._seed, one.worker_id, len(self._batch_sizes), one.part) for one in group]
-            if len(group) == 1:
-                seed_dropout(self._top, seeds[0])
-            else:
-                seed_dropout_groups(self._top, list(zip(seeds, [len(one.labels) for one in group], strict=True)))
+            num_workers = len(self._batch_sizes)
+            seeds = [seed_of_turn(self._seed, one.worker_id, num_workers, one.part) for one in group]
+            seed_dropout_groups(self._top, list(zip(seeds, [len(one.labels) for one in group], strict=True)))
             gradients += self._open_step.feed(
                 [one.features for one in group],
                 [one.labels for one in group],

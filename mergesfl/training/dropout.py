@@ -65,7 +65,8 @@ class SeededDropout(nn.Module):
 
     def reseed_groups(self, groups: Sequence[tuple[int, int]]) -> None:
         """Starts a stream for each group (seed, rows) of the batch, in order: each gets the masks it gets alone."""
-        self._seeds, self._num_rows = tuple(seed for seed, _ in groups), tuple(rows for _, rows in groups)
+        self._seeds = tuple(seed for seed, _ in groups)
+        self._num_rows = tuple(rows for _, rows in groups) if len(groups) > 1 else ()
         self._generators = []
 
     def unused_seed(self) -> int:

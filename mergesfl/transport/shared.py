@@ -31,7 +31,6 @@ All [ours].
 
 from __future__ import annotations
 
-import bisect
 import functools
 import logging
 import mmap
@@ -47,18 +46,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergesfl.protocol.layout import Frame, frame_bytes
+from mergesfl.transport.area import ALIGNMENT_BYTES, AREA_BYTES, MAX_PLACED, Area
 from mergesfl.transport.sealed import NONCE_BYTES, Identity, Source, identity_of, make_memory, open_memory
 
 MARK = b"\xc1"
 UP_BEGIN = mmap.PAGESIZE  # both ends are on one machine
-# In each direction; only what has been used once takes memory: eight parts of a step (mergesfl/parts.py) of 32 MiB.
-AREA_BYTES = 1 << 28
 MEMORY_BYTES = UP_BEGIN + 2 * AREA_BYTES
-ALIGNMENT_BYTES = 64  # of every frame: a cache line, more than any element type wants
 # Below, a frame costs the socket no more than its entry here (benchmarks/LOG.md, 2026-11-26); above, it is rather a
 # state than a batch, which the server has once and would have here once per worker.
 FEWEST_BYTES, MOST_BYTES = 1 << 15, 1 << 25
-MAX_PLACED = 256  # frames in one area at a time [ours]
 MAX_UNANSWERED = 8  # messages of a server after the first offer, before the worker stops: some were on the way [ours]
 # Of one server; who comes later uses the socket. Each takes a file descriptor of the server, beside the one of the
 # connection, and libzmq ends the process where there is none left: an eighth of them at most. [ours]
@@ -78,39 +74,6 @@ log = logging.getLogger("transport")
 @functools.lru_cache(64)
 def _prefix(num_freed: int, num_placed: int) -> struct.Struct:
     return struct.Struct(f"{_BEGIN}{num_freed}Q{num_placed * 'HQQ'}")
-
-
-class Area:
-    """Where one end puts what it sends: first fit, lowest place first, so that what is used stays small and warm."""
-
-    def __init__(self, memory: memoryview, begin: int) -> None:
-        self._memory = memory
-        self._begin, self._end = begin, begin + AREA_BYTES
-        self._taken: list[tuple[int, int]] = []  # (begin, end) in order
-
-    def put(self, frame: Frame, num_bytes: int) -> int | None:
-        """Copies a frame of so many bytes; where it lies, or None: no room."""
-        begin = self._begin
-        if len(self._taken) >= MAX_PLACED:
-            return None
-        index = 0
-        for taken_begin, taken_end in self._taken:
-            if begin + num_bytes <= taken_begin:
-                break
-            begin = taken_end
-            index += 1
-        end = begin + num_bytes
-        if end > self._end:
-            return None
-        self._memory[begin:end] = memoryview(frame).cast("B")
-        self._taken.insert(index, (begin, end + -end % ALIGNMENT_BYTES))
-        return begin
-
-    def free(self, begin: int) -> None:
-        """The frame that was put there is not needed any more; of an unknown one nothing happens."""
-        index = bisect.bisect_left(self._taken, (begin, 0))
-        if index < len(self._taken) and self._taken[index][0] == begin:
-            del self._taken[index]
 
 
 class Packed(NamedTuple):
@@ -264,8 +227,6 @@ class WorkerSide:
 
     def unpack(self, frames: list[Frame]) -> list[Frame]:
         """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
-        if self._shared.may_place and frames[0][:1] != MARK:
-            return frames
         prefix = Prefix.of(frames[0])
         if prefix is not None and prefix.nonce == self._shared.nonce:
             self._shared.may_place = self._is_offering = True
@@ -306,7 +267,7 @@ class ServerSide:
         None: it lies in memory that cannot be opened (any more), and is lost. Its worker is gone, or has spoken with
         a server before this one, and will find that its session is unknown.
         """
-        prefix = Prefix.of(frames[0]) if frames[0][:1] == MARK else None
+        prefix = Prefix.of(frames[0])
         if prefix is None:
             return frames
         known = self._memories.get(peer)
