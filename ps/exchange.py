@@ -5,8 +5,8 @@ Legend: d_i samples of worker i in one step, F... shape of one sample at the cut
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class RoundExchange:
         step_deadline_seconds: how long to wait for the answers to one step.
         attempt: 1, 2, ... at this round.
         codecs: of the run.
+        take: is given the trained state of each worker that finishes, when it arrives.
         parts_per_step: in how many parts a worker sends its batch, if it has as many samples.
     """
 
@@ -64,6 +65,7 @@ class RoundExchange:
         step_deadline_seconds: float,
         attempt: int,
         codecs: RunCodecs,
+        take: Callable[[str, Update], None],
         parts_per_step: int = 1,
     ) -> None:
         self._wire_round = wire_round(plan.round_num, attempt)
@@ -79,6 +81,8 @@ class RoundExchange:
         self._num_classes = num_classes
         self._step_deadline_seconds = step_deadline_seconds
         self._codecs = codecs
+        self._take = take
+        self._finished: dict[str, Arrival] = {}  # workers whose trained state was taken, and their Updates without it
         self._members: dict[str, Member] = {name: fleet.by_id[name] for name in plan.worker_ids}
         self._active = dict(self._members)
         self._assigned: dict[str, dict[str, np.ndarray]] = {}
@@ -94,13 +98,13 @@ class RoundExchange:
 
     @property
     def active_ids(self) -> list[str]:
-        """The workers still in the round, in plan order."""
+        """The workers still at work, in plan order."""
         return list(self._active)
 
     @property
-    def num_active(self) -> int:
-        """How many these are."""
-        return len(self._active)
+    def num_left(self) -> int:
+        """How many these are, with those that have finished."""
+        return len(self._active) + len(self._finished)
 
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work."""
@@ -134,7 +138,7 @@ class RoundExchange:
     def gather_features(self, step: int, device: torch.device) -> tuple[list[StepFeatures], list[float]]:
         """Waits for the features of one step: what arrived, in plan order, and when each was received."""
         self._step = step
-        arrivals = self._gather(Features, self._step_deadline_seconds, {})
+        arrivals = self._gather(Features, self._step_deadline_seconds)
         self._outliers.note({name: arrival.magnitude for name, arrival in arrivals.items()})
         return self._step_features(list(arrivals.items()), device)
 
@@ -151,10 +155,14 @@ class RoundExchange:
         self._prune()
 
     def gather_updates(self) -> dict[str, Arrival]:
-        """Waits for the trained states; a federated round has all its steps to compute before it answers."""
+        """Waits for the trained states, each taken as it comes; a federated round has all its steps to compute before.
+
+        Who has finished counts, whatever becomes of it then. Their Updates in plan order, without the states.
+        """
         num_silent_steps = 1 if self._plan.num_exchanges else self._plan.num_steps
         self._step = self._plan.num_steps
-        return self._gather(Update, self._step_deadline_seconds * num_silent_steps, {})
+        self._gather(Update, self._step_deadline_seconds * num_silent_steps)
+        return {name: self._finished[name] for name in self._plan.worker_ids if name in self._finished}
 
     def expel_outliers(self) -> None:
         """The round has become infinite: closes those whose features were out of all proportion, if there are any."""
@@ -203,14 +211,12 @@ class RoundExchange:
         """The step that this worker is in."""
         return self._step
 
-    def _gather(
-        self, kind: type[Features] | type[Update], deadline_seconds: float, arrivals: dict[str, Arrival]
-    ) -> dict[str, Arrival]:
+    def _gather(self, kind: type[Features] | type[Update], deadline_seconds: float) -> dict[str, Arrival]:
         """Receives until all active workers have answered or the deadline has passed; drops those who have not.
 
-        `arrivals` holds those who have answered before, and is added to.
+        Returns what those who are still active have sent, in plan order.
         """
-        waiting = {name: member for name, member in self._active.items() if name not in arrivals}
+        waiting, arrivals = dict(self._active), dict[str, Arrival]()
 
         def missing() -> Collection[Member]:  # at every message: little work, however many workers there are
             if self._prune():
@@ -247,7 +253,10 @@ class RoundExchange:
             num_samples = self._batch_sizes[name] * self._plan.num_steps
             assigned, may_omit = self._assigned[name], name in self._may_omit
             update = read_update(name, message, num_samples, assigned, may_omit, self._codecs)
-            return Arrival(update, received_seconds)
+            self._take(name, update)
+            self._finished[name] = Arrival(replace(update, state={}), received_seconds)
+            del self._active[name]
+            return self._finished[name]
         num_samples = self._part_sizes[name][message.part]  # the session has seen to it that there is such a part
         shape = (num_samples, *self._feature_shape)
         features, magnitude = read_features(name, message, shape, self._num_classes, self._codecs)

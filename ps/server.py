@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from mergesfl.errors import QuorumError, TransportError
 from mergesfl.methods.base import ServerProgram, StreamingProgram, WorkerUpdate
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Update
-from mergesfl.runtime.arrays import arrays_to_state
+from mergesfl.runtime.arrays import borrowed_tensor
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
 from mergesfl.seeding import generator_for
@@ -34,7 +33,7 @@ from mergesfl.training.evaluation import Evaluation
 from mergesfl.training.finite import all_finite
 from mergesfl.training.schedule import learning_rate
 from ps.evaluator import Evaluator
-from ps.exchange import Arrival, RoundExchange
+from ps.exchange import RoundExchange
 from ps.fleet import Fleet
 from ps.merging import merge_as_they_arrive, merge_at_barrier
 from ps.muster import Muster
@@ -45,6 +44,8 @@ from ps.streaming import StreamingExchange
 from ps.survey import FleetSurvey
 from ps.switchboard import InterruptedRunError, Switchboard
 from ps.void import InfiniteRoundError, VoidRoundError
+
+CPU = torch.device("cpu")
 
 log = logging.getLogger("ps")
 
@@ -220,6 +221,7 @@ class Server:
             config.cluster.step_deadline_seconds,
             attempt,
             self._codecs,
+            self._take,
             config.training.parts_per_step,
         )
         try:
@@ -233,8 +235,7 @@ class Server:
             num_samples_trained = self._merge(plan, exchange)
             updates = exchange.gather_updates()
             self._require_quorum(plan, exchange)
-            worker_updates = _worker_updates(updates)
-            train_loss_nats = program.close(worker_updates)
+            train_loss_nats = program.close()
             if not math.isfinite(train_loss_nats or 0.0):
                 raise InfiniteRoundError(f"the training loss is {train_loss_nats}")
             if not all(all_finite(tensor) for tensor in program.network.joined_state_dict().values()):
@@ -248,7 +249,7 @@ class Server:
             exchange.release_all(str(end))
             raise
         if not plan.num_exchanges:
-            num_samples_trained = sum(update.num_samples for update in worker_updates)
+            num_samples_trained = sum(plan.batch_size_of(name) * plan.num_steps for name in updates)
         return RoundOutcome(
             plan=plan,
             seconds=observed_seconds(plan, exchange, updates),
@@ -260,6 +261,11 @@ class Server:
             planning_seconds=planning_seconds,
             waiting_seconds=waiting_seconds(exchange, updates),
         )
+
+    def _take(self, name: str, update: Update) -> None:
+        """Hands a trained state on. Raises RemoteProtocolError like the program."""
+        state = {key: borrowed_tensor(array, CPU) for key, array in update.state.items()}
+        self._program.take(WorkerUpdate(name, state, update.num_samples, update.metrics))
 
     def _merge(self, plan: RoundPlan, exchange: RoundExchange) -> int:
         """All exchanges of the round, as training.merge says; the samples trained in them. Raises VoidRoundError."""
@@ -300,18 +306,7 @@ class Server:
         )
 
     def _require_quorum(self, plan: RoundPlan, exchange: RoundExchange) -> None:
-        needed, left = self._muster.quorum_of(len(plan.worker_ids)), exchange.num_active
+        needed, left = self._muster.quorum_of(len(plan.worker_ids)), exchange.num_left
         if left < needed:
             kind = InfiniteRoundError if exchange.not_finite else VoidRoundError
             raise kind(f"{left} of {len(plan.worker_ids)} workers are left, {needed} are needed")
-
-
-def _worker_updates(arrivals: dict[str, Arrival]) -> list[WorkerUpdate]:
-    """The trained states as tensors; what arrived lets go of its arrays one by one, so no state is held twice."""
-    updates = []
-    for name, arrival in arrivals.items():
-        message = arrival.message
-        assert isinstance(message, Update), "gathered by kind"
-        updates.append(WorkerUpdate(name, arrays_to_state(message.state), message.num_samples, message.metrics))
-        arrivals[name] = replace(arrival, message=replace(message, state={}))
-    return updates

@@ -1,7 +1,7 @@
 """The messages of a round whose features are processed as they arrive.
 
-While a step is open, a worker that has its gradient computes on and sends the features of the next step, or after the
-last one its trained state. They are kept until their turn comes: of one step at most, for it sends one and then waits.
+While a step is open, a worker that has its gradient computes on and sends the features of the next step, which are kept
+until their turn comes: of one step at most, for it sends one and then waits. After the last it sends its trained state.
 So nobody is ever more than one step ahead, and a worker's session is the same as at the barrier. Where a step goes in
 parts (training.parts_per_step), each of them is a message of its own and is answered as it comes, in the order of the
 parts; a worker is through with the step when all of them were handed on.
@@ -96,14 +96,8 @@ class StreamingExchange(RoundExchange):
         """Closes the step."""
         self._outliers.note(self._step_magnitudes)
 
-    def gather_updates(self) -> dict[str, Arrival]:
-        """Waits for the trained states that are not here yet."""
-        arrived = {name: own[0] for name, own in self._inbox.items() if name in self._active}
-        self._inbox = {}  # a state is held by those who use it alone
-        return self._gather(Update, self._step_deadline_seconds, arrived)
-
     def _step_of(self, name: str) -> int:
-        return self._step + (name not in self._num_open)
+        return min(self._step + (name not in self._num_open), self._plan.num_steps)
 
     def _expect(self, name: str) -> None:
         """From now on this worker has the step deadline for its next message."""
@@ -148,7 +142,7 @@ class StreamingExchange(RoundExchange):
         if self._active.get(name) is not member or not isinstance(message, Features | Update):
             return
         arrival = self._accepted(member, message)
-        if arrival is None:
+        if arrival is None or isinstance(message, Update):
             return
         self._inbox.setdefault(name, []).append(arrival)
         if name in self._num_open:

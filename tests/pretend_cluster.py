@@ -170,7 +170,9 @@ class PretendCluster:
         for worker in active:
             result = worker.result()
             self.updates.append(WorkerUpdate(worker.worker_id, result.state, result.num_samples, result.metrics))
-        return self.program.close(self.updates)
+        for update in reversed(self.updates):  # in any order
+            self.program.take(update)
+        return self.program.close()
 
     def batches(self, round_num: int, worker_id: str, batch_size: int) -> Iterator[Batch]:
         """Endless batches as a pure function of (seed, worker, round), like the daemon's."""

@@ -61,8 +61,9 @@ def test_the_loss_of_a_round_by_hand() -> None:
     cluster = start()
     cluster.program.open(plan_of(SIZES, num_steps=3, num_exchanges=0), cluster.fleet())
     state = cluster.program.state_for("a")
-    updates = [WorkerUpdate("a", state, 30, {"loss_nats": 2.0}), WorkerUpdate("b", state, 10, {"loss_nats": 0.5})]
-    assert cluster.program.close(updates) == pytest.approx(1.625)
+    for name, num_samples, loss_nats in (("a", 30, 2.0), ("b", 10, 0.5)):
+        cluster.program.take(WorkerUpdate(name, state, num_samples, {"loss_nats": loss_nats}))
+    assert cluster.program.close() == pytest.approx(1.625)
 
 
 def test_the_plan_is_uniform_and_exchanges_nothing() -> None:

@@ -291,12 +291,11 @@ def test_integer_buffers_are_those_of_the_first_worker_that_finished() -> None:
     """A plain mean of 7 and 3 would be 5, one weighted by d = (3, 9) would be 4."""
     cluster = norm_cluster()
     cluster.program.open(plan_of({"a": 3, "b": 9}, num_steps=1), cluster.fleet())
-    updates = []
-    for name, tracked in (("a", 7), ("b", 3)):
+    for name, tracked in (("b", 3), ("a", 7)):  # first is who is first in the plan
         state = dict(cluster.program.state_for(name))
         state["0.0.num_batches_tracked"] = torch.tensor(tracked)
-        updates.append(WorkerUpdate(name, state, 1, {}))
-    assert cluster.program.close(updates) is None  # no step was merged: there is no loss
+        cluster.program.take(WorkerUpdate(name, state, 1, {}))
+    assert cluster.program.close() is None  # no step was merged: there is no loss
     assert int(cluster.parameters()["0.0.num_batches_tracked"]) == 7
 
 

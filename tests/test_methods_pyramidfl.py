@@ -80,14 +80,10 @@ def test_a_round_is_closed_by_hand() -> None:
     first = {**given, "1.3.bias": torch.full((3,), 1.0, dtype=torch.float64)}
     second = {name: tensor for name, tensor in given.items() if name != "1.3.bias"}
     third = {**given, "1.3.bias": torch.full((3,), 4.0, dtype=torch.float64)}
-    loss_nats = program.close(
-        [
-            WorkerUpdate("a", first, 12, {"loss_nats": 2.0, SQUARED_LOSS: 4.0}),
-            WorkerUpdate("b", second, 6, {"loss_nats": 0.5, SQUARED_LOSS: 0.25}),
-            WorkerUpdate("c", third, 18, {}),
-        ]
-    )
-    assert loss_nats == pytest.approx((2.0 * 12 + 0.5 * 6) / 18)
+    program.take(WorkerUpdate("c", third, 18, {}))
+    program.take(WorkerUpdate("b", second, 6, {"loss_nats": 0.5, SQUARED_LOSS: 0.25}))
+    program.take(WorkerUpdate("a", first, 12, {"loss_nats": 2.0, SQUARED_LOSS: 4.0}))
+    assert program.close() == pytest.approx((2.0 * 12 + 0.5 * 6) / 18)
     state = program.state_dict()
     assert state["1.3.bias"].tolist() == pytest.approx([65 / 23] * 3)
     assert_close({"w": state["1.3.weight"]}, {"w": given["1.3.weight"]})
@@ -99,7 +95,8 @@ def test_a_loss_that_is_no_number_leaves_the_old_utility() -> None:
     cluster = start()
     for round_num, metrics in enumerate(({"loss_nats": 1.0, SQUARED_LOSS: 1.0}, {})):
         cluster.program.open(plan_of({"a": 4}, 3, round_num, 0), cluster.fleet())
-        cluster.program.close([WorkerUpdate("a", cluster.program.state_for("a"), 12, metrics)])
+        cluster.program.take(WorkerUpdate("a", cluster.program.state_for("a"), 12, metrics))
+        cluster.program.close()
         assert cluster.program.state_dict()[UTILITIES].tolist() == [[9.0, 0.0]]
 
 

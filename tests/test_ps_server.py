@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from mergesfl.protocol.messages import (
     wire_round,
 )
 from mergesfl.runtime.patience import REAL
+from mergesfl.seeding import generator_for
+from ps.content import read_update
 from ps.switchboard import InterruptedRunError
 from tests.memory_cluster import (
     FEATURE_SHAPE,
@@ -171,15 +174,60 @@ def test_an_unreachable_worker_is_dropped_within_the_probe_interval(tmp_path: Pa
     assert lines[2]["worker_ids"] == [NAMES[0], NAMES[2]]
 
 
+def answer_and_vanish(worker: ScriptedWorker, answer: Message) -> None:
+    worker.say(answer)
+    worker.act()
+    worker.vanish()
+
+
+@pytest.mark.parametrize("run", [(ALL,), (ALL, "training.merge=streaming"), ("method.name=fedavg",)])
+def test_who_has_finished_counts_even_if_it_dies_before_the_others_have(tmp_path: Path, run: tuple[str, ...]) -> None:
+    """worker-01 dies with its update sent, worker-02 sends its own half a minute later: the round is that of all."""
+    calm, config = (small_config(tmp_path, *run, f"name={name}", "training.num_rounds=1") for name in ("calm", "hit"))
+    ScriptedCluster(calm).run()
+    cluster = ScriptedCluster(config)
+    cluster["worker-01"].script = at(0, None, answer_and_vanish)
+    cluster["worker-02"].script = at(0, None, late(30.0))
+    cluster.run()
+    (line,) = journal_of(config)
+    assert line["finished_worker_ids"] == [*NAMES] and line["dropped"] == []
+    assert line["round_seconds"] == pytest.approx(30.0)
+    assert checkpoint_of(config).state["fleet"]["participations"] == dict.fromkeys(NAMES, 1)
+    assert same_tensors(checkpoint_of(config), checkpoint_of(calm))
+
+
+@pytest.mark.parametrize("run", [(), ("training.merge=streaming",), ("method.name=fedavg",)])
+def test_no_trained_state_is_kept_until_the_last_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: tuple[str, ...]
+) -> None:
+    """Of twelve workers, in a random order of arrival: when one has arrived, the ones before are gone."""
+    names = [f"worker-{index:02d}" for index in range(12)]
+    config = small_config(
+        tmp_path, "training.num_rounds=2", "cluster.num_workers=12", "control.participants_per_round=12", ALL, *run
+    )
+    cluster = ScriptedCluster(config, names)
+    for worker, delay_seconds in zip(cluster.workers, generator_for(0, "delays").permutation(12), strict=True):
+        worker.script = lambda worker, answer, seconds=float(delay_seconds): (
+            late(seconds)(worker, answer) if isinstance(answer, Update) else answer
+        )
+    states: list[list[weakref.ref[Any]]] = []
+    numbers_alive: list[int] = []
+
+    def read_and_count(name: str, message: Update, *others: Any) -> Update:
+        update = read_update(name, message, *others)
+        numbers_alive.append(sum(any(reference() is not None for reference in state) for state in states))
+        states.append([weakref.ref(array) for array in update.state.values()])
+        return update
+
+    monkeypatch.setattr("ps.exchange.read_update", read_and_count)
+    cluster.run()
+    assert [line["finished_worker_ids"] for line in journal_of(config)] == [names] * 2
+    assert numbers_alive == [0] * 24
+
+
 def test_a_worker_that_vanished_between_two_rounds_is_not_planned_for(tmp_path: Path) -> None:
     config = small_config(tmp_path, ALL, "training.num_rounds=2")
     cluster = ScriptedCluster(config)
-
-    def answer_and_vanish(worker: ScriptedWorker, answer: Message) -> None:
-        worker.say(answer)
-        worker.act()
-        worker.vanish()
-
     cluster["worker-01"].script = at(0, None, answer_and_vanish)
     cluster.run()
     lines = journal_of(config)

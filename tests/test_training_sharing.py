@@ -1,4 +1,4 @@
-"""One top shared by workers: gradients, weights of the step, mix-ups and partial means, by hand."""
+"""One top shared by workers: gradients, weights of the step, and mix-ups, by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mergesfl.errors import RemoteProtocolError
 from mergesfl.training.mixup import mix_halves, mixed_cross_entropy
-from mergesfl.training.partial import partial_mean
 from mergesfl.training.sharing import backward_share
 
 torch.set_num_threads(1)
@@ -54,24 +52,3 @@ def test_mixed_cross_entropy_by_hand() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
     loss = mixed_cross_entropy(logits, torch.tensor([0]), torch.tensor([1]))
     assert loss.item() == pytest.approx(0.5 * math.log(16 / 3))
-
-
-def test_a_tensor_is_averaged_over_those_that_sent_it() -> None:
-    """w: (1 * 2 + 3 * 6) / 4 = 5 from both; b: 8 from the second alone; c: nobody sent it, it stays 7."""
-    previous = {name: torch.tensor([value]) for name, value in (("w", 0.0), ("b", 0.0), ("c", 7.0))}
-    states = [{"w": torch.tensor([2.0])}, {"w": torch.tensor([6.0]), "b": torch.tensor([8.0])}]
-    mean = partial_mean(previous, states, [1.0, 3.0])
-    assert {name: tensor.item() for name, tensor in mean.items()} == {"w": 5.0, "b": 8.0, "c": 7.0}
-    assert mean["c"] is not previous["c"]
-    assert partial_mean(previous, [{}, {}], [1.0, 3.0]).keys() == previous.keys()
-
-
-@pytest.mark.parametrize("state", [{"v": torch.zeros(1)}, {"w": torch.zeros(2)}, {"w": torch.zeros(1).double()}])
-def test_a_tensor_that_the_global_state_has_not_is_refused(state: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(RemoteProtocolError, match=r"state 1 has '[vw]' as .*: drop this worker's update"):
-        partial_mean({"w": torch.zeros(1)}, [{}, state], [1.0, 1.0])
-
-
-def test_weights_and_states_go_together() -> None:
-    with pytest.raises(ValueError, match="2 states with 1 weights"):
-        partial_mean({"w": torch.zeros(1)}, [{}, {}], [1.0])

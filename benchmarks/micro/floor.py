@@ -154,11 +154,14 @@ def rate_of(config: RunConfig, round_num: int) -> float:
 
 
 def mean(states: Sequence[Mapping[str, Tensor]], batch_sizes: Sequence[int]) -> dict[str, Tensor]:
-    """sum_i d_i / D * state_i of what is floating point; the first state's of the rest (counters of batch-norm)."""
-    shares = [d / sum(batch_sizes) for d in batch_sizes]
-    total = {name: tensor * shares[0] if tensor.is_floating_point() else tensor for name, tensor in states[0].items()}
-    for state, share in zip(states[1:], shares[1:], strict=True):
-        for name, tensor in total.items():
-            if tensor.is_floating_point():
-                tensor.add_(state[name] * share)
-    return total
+    """sum_i d_i / D * state_i of what is floating point, summed in float64; of the rest the first state's."""
+    return {name: _mean_of([state[name] for state in states], batch_sizes) for name in states[0]}
+
+
+def _mean_of(tensors: Sequence[Tensor], batch_sizes: Sequence[int]) -> Tensor:
+    if not tensors[0].is_floating_point():
+        return tensors[0]
+    total = tensors[0].double() * batch_sizes[0]
+    for tensor, d in zip(tensors[1:], batch_sizes[1:], strict=True):
+        total.add_(tensor.double() * d)
+    return (total / sum(batch_sizes)).to(tensors[0].dtype)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
 from mergesfl.control.speed_shares import plan_by_speed
-from mergesfl.methods.base import Method, MethodSettings, State, StepFeatures, WorkerUpdate
+from mergesfl.methods.base import Method, MethodSettings, State, StepFeatures
 from mergesfl.methods.split_program import SplitProgram, seed_of_turn, work
 from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
@@ -112,13 +112,13 @@ class AdaSFLProgram(SplitProgram):
             num_steps = adapted_num_steps(*self._losses_of_rounds_nats, num_steps)
         return plan_by_speed(round_num, fleet, s.participants_per_round, s.batch_size, num_steps, generator)
 
-    def weight_of(self, worker_id: str) -> float:
+    def weight_of(self, worker_id: str) -> int:
         """d_i."""
-        return float(self._current_plan().batch_size_of(worker_id))
+        return self._current_plan().batch_size_of(worker_id)
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+    def close(self) -> float | None:
         """Averages the bottoms and remembers the loss for the next plan."""
-        loss_nats = super().close(updates)
+        loss_nats = super().close()
         if loss_nats is not None:
             first_nats = self._losses_of_rounds_nats[0] if self._losses_of_rounds_nats else loss_nats
             self._losses_of_rounds_nats = (first_nats, loss_nats)

@@ -83,7 +83,7 @@ class StepFeatures:
 
 @dataclass(frozen=True)
 class WorkerUpdate:
-    """What one worker brings back from a round."""
+    """What one worker brings back from a round; its state is in main memory, and only read."""
 
     worker_id: str
     state: State
@@ -146,8 +146,15 @@ class ServerProgram(Protocol):
         """Trains the top on one step's features (in plan order) and returns dL/dz_i for each worker's own mean loss."""
         ...
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
-        """Aggregates those who finished (in plan order); the mean training loss in nats, if there is one."""
+    def take(self, update: WorkerUpdate) -> None:
+        """Takes in what a worker of the open round brings back: of each once, in any order, with the same result.
+
+        Its state is not kept: there may be as many workers as there are, and memory for a few states.
+        """
+        ...
+
+    def close(self) -> float | None:
+        """Ends the round with those that were taken in; the mean training loss in nats, if there is one."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ Data." AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629
 
     S_t   <- a random set of participants
     w_i   <- tau steps of SGD on worker i from w_t            work()
-    w_t+1 <- sum_i n_i / n * w_i                              close()
+    w_t+1 <- sum_i n_i / n * w_i                              take(), close()
 
 What is uncertain: the paper trains E local epochs; here tau local steps with the same batch size for all, so that
 rounds compare [ours].
@@ -14,6 +14,7 @@ rounds compare [ours].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,12 +38,12 @@ from mergesfl.methods.base import (
     copy_state,
 )
 from mergesfl.seeding import seed_for
-from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
+from mergesfl.training.state_mean import StateMean
 
 
 class FedAvgProgram:
@@ -53,6 +54,9 @@ class FedAvgProgram:
         self._settings = settings
         self._state = copy_state(network.joined_state_dict())
         self._round_num = 0
+        self._places: dict[str, int] = {}  # worker_id -> place in the plan
+        self._average: StateMean
+        self._told: dict[str, WorkerUpdate] = {}  # what was taken in, by worker_id, without the states
         self._num_samples: dict[str, int] = {}
 
     @property
@@ -73,6 +77,8 @@ class FedAvgProgram:
     def open(self, plan: RoundPlan, fleet: FleetView) -> None:
         """Starts the round."""
         self._round_num = plan.round_num
+        self._places = {name: place for place, name in enumerate(plan.worker_ids)}
+        self._average, self._told = StateMean(self._state), {}
         self._num_samples = {worker.worker_id: worker.num_samples for worker in fleet.workers}
 
     def settings_for(self, worker_id: str) -> dict[str, Setting]:
@@ -87,11 +93,16 @@ class FedAvgProgram:
         """Never called: a plan of FedAvg has no exchanges."""
         raise AssertionError("FedAvg exchanges no features")
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+    def take(self, update: WorkerUpdate) -> None:
+        """Adds this worker's model to the average."""
+        name = update.worker_id
+        self._average.add(update.state, self._num_samples[name], self._places[name])
+        self._told[name] = replace(update, state={})
+
+    def close(self) -> float | None:
         """Data-weighted mean of the models; the loss is the mean over the samples trained."""
-        weights = [float(self._num_samples[update.worker_id]) for update in updates]
-        self.load_state_dict(weighted_mean([update.state for update in updates], weights))
-        return mean_loss_nats(updates)
+        self._adopt(self._average.close())
+        return mean_loss_nats([self._told[name] for name in self._places if name in self._told])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The global model."""
@@ -99,6 +110,9 @@ class FedAvgProgram:
 
     def load_state_dict(self, state: State) -> None:
         """Takes a global model."""
+        self._adopt(state)
+
+    def _adopt(self, state: State) -> None:
         self._network.load_joined_state_dict(state)
         self._state = copy_state(self._network.joined_state_dict())
 

@@ -44,9 +44,9 @@ class GPSLProgram(SplitProgram):
         s = self._settings
         return plan_pooled(round_num, fleet, s.participants_per_round * s.batch_size, s.num_steps, generator)
 
-    def weight_of(self, worker_id: str) -> float:
+    def weight_of(self, worker_id: str) -> int:
         """d_i."""
-        return float(self._current_plan().batch_size_of(worker_id))
+        return self._current_plan().batch_size_of(worker_id)
 
 
 METHOD = Method(

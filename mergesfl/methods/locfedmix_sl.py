@@ -37,14 +37,12 @@ from mergesfl.methods.base import (
     MethodSettings,
     State,
     StepFeatures,
-    WorkerUpdate,
     WorkResult,
     copy_state,
 )
 from mergesfl.methods.split_program import seed_of_turn
 from mergesfl.methods.splitfed_v1 import UniformSplitProgram
 from mergesfl.seeding import generator_for, seed_for
-from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.decoder import PREFIX, highest_stable_rate, initial_decoder, reconstruct
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.mixup import mix_halves, mixed_cross_entropy
@@ -109,22 +107,14 @@ class LocFedMixProgram(UniformSplitProgram):
         )
         self._sent = {**self._bottom, **self._decoder}
 
-    def state_for(self, worker_id: str) -> State:
-        """The global bottom and decoder, the same for all."""
+    def global_state(self) -> State:
+        """The bottom and the decoder: both are averaged with the same weights."""
         return self._sent
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
-        """Averages bottoms and decoders with the same weights."""
-        weights = [self.weight_of(update.worker_id) for update in updates]
-        self._decoder = weighted_mean([_decoder_of(update.state) for update in updates], weights)
-        loss_nats = super().close(
-            [
-                WorkerUpdate(update.worker_id, _bottom_of(update.state), update.num_samples, update.metrics)
-                for update in updates
-            ]
-        )
-        self._sent = {**self._bottom, **self._decoder}
-        return loss_nats
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Takes both."""
+        self._decoder, self._sent = _decoder_of(state), state
+        super().adopt(_bottom_of(state))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The joined network and the decoder."""

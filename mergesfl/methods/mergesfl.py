@@ -75,9 +75,9 @@ class MergeSFLProgram(SplitProgram):
         )
         return plan_round(round_num, fleet, control, generator)
 
-    def weight_of(self, worker_id: str) -> float:
+    def weight_of(self, worker_id: str) -> int:
         """d_i (Eq. 17)."""
-        return float(self._current_plan().batch_size_of(worker_id))
+        return self._current_plan().batch_size_of(worker_id)
 
 
 def check_streaming(network: SplitModel, settings: MethodSettings) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mergesfl.control.fleet import FleetView
 from mergesfl.control.plan import RoundPlan
-from mergesfl.methods.base import Method, MethodSettings, Setting, State, StepFeatures, WorkerUpdate, copy_state
+from mergesfl.methods.base import Method, MethodSettings, Setting, State, StepFeatures, copy_state
 from mergesfl.methods.merged_top import MergedTop
 from mergesfl.methods.mergesfl import MergeSFLProgram, check_streaming
 from mergesfl.methods.split_program import work
@@ -85,9 +85,9 @@ class MergeSFLPlusProgram(MergeSFLProgram):
         settings = super().settings_for(worker_id)
         return {**settings, "proximal": self._settings.proximal} if self._settings.proximal else settings
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+    def close(self) -> float | None:
         """Closes the round as MergeSFL does and takes the new model into the mean."""
-        loss_nats = super().close(updates)
+        loss_nats = super().close()
         memory = self._settings.model_averaging
         if memory:
             state = copy_state(self._network.joined_state_dict())

@@ -34,9 +34,9 @@ class MinibatchSFLProgram(UniformSplitProgram):
     def __init__(self, network: SplitModel, settings: MethodSettings, device: torch.device) -> None:
         super().__init__(network, settings, device, MergedTop(network.top))
 
-    def weight_of(self, worker_id: str) -> float:
+    def weight_of(self, worker_id: str) -> int:
         """d_i."""
-        return float(self._current_plan().batch_size_of(worker_id))
+        return self._current_plan().batch_size_of(worker_id)
 
 
 METHOD = Method(

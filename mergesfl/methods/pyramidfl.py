@@ -22,7 +22,6 @@ drop_probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,14 +43,12 @@ from mergesfl.methods.base import (
     MethodSettings,
     Setting,
     State,
-    WorkerUpdate,
     WorkResult,
     copy_state,
 )
-from mergesfl.methods.fedavg import FedAvgProgram, mean_loss_nats
+from mergesfl.methods.fedavg import FedAvgProgram
 from mergesfl.seeding import generator_for, seed_for
 from mergesfl.training.dropout import seed_dropout
-from mergesfl.training.partial import partial_mean
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any
 from mergesfl.training.split import SplitModel
@@ -125,16 +122,14 @@ class PyramidFLProgram(FedAvgProgram):
         less: dict[str, Setting] = {DROP_PROBABILITY: probability, MAY_OMIT_TENSORS: True}
         return {**super().settings_for(worker_id), **(less if probability > 0 else {})}
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+    def close(self) -> float | None:
         """Averages what was sent and takes the new utilities in."""
-        weights = [float(self._num_samples[update.worker_id]) for update in updates]
-        super().load_state_dict(partial_mean(self._state, [update.state for update in updates], weights))
-        for update in updates:
+        for name, update in sorted(self._told.items(), key=lambda item: self._places[item[0]]):
             squared_nats2 = update.metrics.get(SQUARED_LOSS)  # one that is not finite is not sent: the old one stays
             if squared_nats2 is not None:
-                utility = math.sqrt(max(squared_nats2, 0.0)) * self._num_trained[update.worker_id]
-                self._utilities[update.worker_id] = (utility, self._round_num)
-        return mean_loss_nats(updates)
+                utility = math.sqrt(max(squared_nats2, 0.0)) * self._num_trained[name]
+                self._utilities[name] = (utility, self._round_num)
+        return super().close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The global model and, once a round has closed, the utilities."""

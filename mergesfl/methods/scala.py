@@ -76,9 +76,9 @@ class SCALAProgram(SplitProgram):
         self._top.know_labels({worker.worker_id: worker.label_counts for worker in fleet.workers})
         super().open(plan, fleet)
 
-    def weight_of(self, worker_id: str) -> float:
+    def weight_of(self, worker_id: str) -> int:
         """n_i, the samples of its data set."""
-        return float(self._num_samples[worker_id])
+        return self._num_samples[worker_id]
 
 
 METHOD = Method("feature merging with logit-adjusted losses (2024)", SCALAProgram, work, merges=True)

@@ -31,12 +31,12 @@ from mergesfl.methods.base import (
 )
 from mergesfl.parts import part_sizes
 from mergesfl.seeding import seed_for
-from mergesfl.training.aggregation import weighted_mean
 from mergesfl.training.dropout import seed_dropout
 from mergesfl.training.placement import place
 from mergesfl.training.schedule import make_sgd
 from mergesfl.training.singles import forward_any, layer_with_batch_statistics
 from mergesfl.training.split import SplitModel
+from mergesfl.training.state_mean import StateMean
 
 
 class TopTrainer(Protocol):
@@ -51,7 +51,7 @@ class TopTrainer(Protocol):
         ...
 
     def close(self, weights: dict[str, float]) -> None:
-        """Ends the round; the weights are those of the bottoms of the workers that finished."""
+        """Ends the round; the weights are those of the bottoms of the workers that finished, in plan order."""
         ...
 
 
@@ -112,6 +112,8 @@ class SplitProgram:
         place(network, device)
         self._bottom = copy_state(network.bottom.state_dict())
         self._plan: RoundPlan | None = None
+        self._average: StateMean
+        self._finished: set[str] = set()  # workers whose update was taken in
         self._num_samples: dict[str, int] = {}
         self._losses_nats: list[float] = []
 
@@ -129,13 +131,14 @@ class SplitProgram:
         """Decides who takes part; each method has its own."""
         raise AssertionError("a split method defines plan()")
 
-    def weight_of(self, worker_id: str) -> float:
-        """Weight of this worker's bottom in the average; each method has its own."""
+    def weight_of(self, worker_id: str) -> int:
+        """Weight of this worker's bottom in the average, in samples; each method has its own."""
         raise AssertionError("a split method defines weight_of()")
 
     def open(self, plan: RoundPlan, fleet: FleetView) -> None:
         """Starts the round: the top's learning rate follows the schedule."""
         self._plan = plan
+        self._average, self._finished = StateMean(self.global_state()), set()
         self._num_samples = {worker.worker_id: worker.num_samples for worker in fleet.workers}
         self._losses_nats = []
         self._network.train()
@@ -150,8 +153,17 @@ class SplitProgram:
         return {"learning_rate": rate}
 
     def state_for(self, worker_id: str) -> State:
-        """The global bottom, the same for all."""
+        """The global state, the same for all."""
+        return self.global_state()
+
+    def global_state(self) -> State:
+        """What the workers train: the bottom, and what else a method lets them average."""
         return self._bottom
+
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Takes the average of what they trained."""
+        self._bottom = state
+        self._network.bottom.load_state_dict(state)
 
     def merge(self, step: int, arrived: Sequence[StepFeatures]) -> list[Tensor]:
         """Hands the step to the top; dropout masks of the top depend on (seed, round, step) alone."""
@@ -173,12 +185,17 @@ class SplitProgram:
         """Steps the top."""
         self._losses_nats.append(self._streaming_top().end_step())
 
-    def close(self, updates: Sequence[WorkerUpdate]) -> float | None:
+    def take(self, update: WorkerUpdate) -> None:
+        """Adds this worker's bottom to the average."""
+        place = self._current_plan().worker_ids.index(update.worker_id)
+        self._average.add(update.state, self.weight_of(update.worker_id), place)
+        self._finished.add(update.worker_id)
+
+    def close(self) -> float | None:
         """Averages the bottoms of those who finished (Eq. 17) and ends the round of the top."""
-        weights = {update.worker_id: self.weight_of(update.worker_id) for update in updates}
-        self._bottom = weighted_mean([update.state for update in updates], list(weights.values()))
-        self._network.bottom.load_state_dict(self._bottom)
-        self._trainer.close(weights)
+        self.adopt(self._average.close())
+        finished_ids = [name for name in self._current_plan().worker_ids if name in self._finished]
+        self._trainer.close({name: float(self.weight_of(name)) for name in finished_ids})
         return sum(self._losses_nats) / len(self._losses_nats) if self._losses_nats else None
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -102,9 +102,9 @@ class UniformSplitProgram(SplitProgram):
             round_num, fleet, s.participants_per_round, s.batch_size, s.num_steps, s.num_steps, generator
         )
 
-    def weight_of(self, worker_id: str) -> float:
+    def weight_of(self, worker_id: str) -> int:
         """n_i, the samples of its data set."""
-        return float(self._num_samples[worker_id])
+        return self._num_samples[worker_id]
 
 
 class SplitFedV1Program(UniformSplitProgram):

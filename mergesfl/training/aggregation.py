@@ -1,4 +1,7 @@
-"""Weighted mean of model states (Eq. 17 with weights d_i) [paper]; the treatment of buffers is [ours]."""
+"""Weighted mean of states that are all there, as the tops of one server are; those that workers bring: state_mean.py.
+
+The treatment of buffers is [ours].
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 
     Args:
         states: name -> tensor, with equal names, shapes and dtypes.
-        weights: one per state, finite and not negative, with a positive sum; for Eq. 17 the d_i.
+        weights: one per state, finite and not negative, with a positive sum.
     Raises:
         ValueError: no state, another number of weights than of states, or an illegal weight.
         RemoteProtocolError: the states differ in names, shapes or dtypes; names the state and the tensor.
