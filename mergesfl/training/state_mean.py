@@ -26,7 +26,7 @@ from torch import Tensor
 from mergesfl.errors import RemoteProtocolError
 
 MAX_WEIGHT = 1 << 29  # from here on d_i * w_i need not be exact
-CHUNK_ELEMENTS = 1 << 15  # of float64, of which four arrays fit into a cache; torch gives so many to one thread
+CHUNK_ELEMENTS = 1 << 15  # per thread of torch: it gives no thread fewer, and five such arrays fit into a cache
 
 
 @dataclass
@@ -53,7 +53,7 @@ class StateMean:
         self._previous = previous
         self._sums: dict[str, _Sum] = {}
         self._firsts: dict[str, tuple[int, Tensor]] = {}  # of a tensor that is not averaged: place and copy
-        self._scratch = torch.empty((3, CHUNK_ELEMENTS), dtype=torch.float64)
+        self._scratch = torch.empty((3, CHUNK_ELEMENTS * torch.get_num_threads()), dtype=torch.float64)
 
     def add(self, state: Mapping[str, Tensor], weight: int, place: int) -> None:
         """Adds one state, which the caller may then let go of.
@@ -108,7 +108,7 @@ class StateMean:
         if own.lo is None:
             own.lo = torch.zeros_like(own.hi)
             own.hi.mul_(own.total)
-        parts = (torch.split(whole, CHUNK_ELEMENTS) for whole in (values, own.hi, own.lo))
+        parts = (torch.split(whole, self._scratch.shape[1]) for whole in (values, own.hi, own.lo))
         for part, hi, lo in zip(*parts, strict=True):
             term, new, change = self._scratch[:, : len(hi)]
             term.copy_(part).mul_(weight)  # p
