@@ -38,10 +38,11 @@ from mergesfl.runtime.profiles import load_profile
 from mergesfl.seeding import generator_for
 from mergesfl.transport import bind
 from mergesfl.transport.memory import MemoryHub
+from ps.central import train_centrally
 from ps.plots import plot_partition
 from ps.progress import Progress
 from ps.recorder import check_folder, prepare_folder
-from ps.run import Scene, serve, set_scene, train_centrally
+from ps.run import Scene, serve, set_scene
 from ps.switchboard import InterruptedRunError
 from workers.__main__ import make_pace, throttled
 from workers.daemon import Daemon, DaemonSettings

@@ -21,9 +21,10 @@ from mergesfl.models import build_model
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.journal import SUMMARY_KEYS, RoundRecord
 from mergesfl.runtime.process import StopFlag
+from ps.central import train_centrally
 from ps.progress import Progress
 from ps.recorder import Recorder, check_folder, method_label, prepare_folder
-from ps.run import set_scene, train_centrally
+from ps.run import set_scene
 from ps.switchboard import InterruptedRunError
 from tests.memory_cluster import (
     MEASURED,
