@@ -33,6 +33,7 @@ from mergesfl.seeding import generator_for
 from mergesfl.training.evaluation import Evaluation
 from mergesfl.training.finite import all_finite
 from mergesfl.training.schedule import learning_rate
+from ps.buffer import MergeBuffer
 from ps.evaluator import Evaluator
 from ps.exchange import Arrival, RoundExchange
 from ps.fleet import Fleet
@@ -95,6 +96,7 @@ class Server:
         self._feature_shape = feature_shape
         self._feature_bytes_per_sample = codecs.feature_bytes(feature_shape)
         self._codecs = codecs
+        self._buffer = MergeBuffer()
         self._survey = survey
         self._evaluator = evaluator
         self._device = device
@@ -220,6 +222,7 @@ class Server:
             config.cluster.step_deadline_seconds,
             attempt,
             self._codecs,
+            self._buffer,
             config.training.parts_per_step,
         )
         try:

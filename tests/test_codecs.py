@@ -33,8 +33,14 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def decode(codec: Codec, parts: Any, shape: tuple[int, ...]) -> Any:
+    out = np.full(shape, np.nan, np.float32)
+    codec.decode(parts, out)
+    return out
+
+
 def through(codec: Codec, x: Any, seed: int = 0) -> Any:
-    return codec.decode(codec.encode(x, rng(seed)), x.shape)
+    return decode(codec, codec.encode(x, rng(seed)), x.shape)
 
 
 def scale_of(codec: Codec, x: Any) -> Any:
@@ -60,7 +66,7 @@ def test_shape_type_and_number_of_bytes_are_as_promised_and_what_is_finite_stays
 ) -> None:
     codec, before = find_codec(name), x.copy()
     parts = codec.encode(x, rng(seed))
-    decoded = codec.decode(parts, x.shape)
+    decoded = decode(codec, parts, x.shape)
     assert (decoded.dtype, decoded.shape) == (np.float32, x.shape)
     assert sum(part.nbytes for part in parts.values()) == codec.num_bytes(x.shape)
     assert np.isfinite(decoded).all()
@@ -77,7 +83,7 @@ def test_what_is_not_finite_stays_so_in_its_sample_or_channel_and_spoils_no_othe
     for seed in range(20):
         x = rng(seed).standard_normal((3, 4, 5)).astype(np.float32)
         x[1, 2, 3] = value
-        decoded = codec.decode(codec.encode(x, rng(seed)), x.shape)
+        decoded = through(codec, x, seed)
         spoilt = ~np.isfinite(decoded)
         assert spoilt.any()
         outside = np.ones_like(spoilt)
@@ -134,11 +140,11 @@ def test_names_are_looked_up_and_the_nearest_is_named() -> None:
 # fp32
 
 
-def test_fp32_is_the_very_array() -> None:
+def test_fp32_sends_the_very_array() -> None:
     x = floats(1, 2).reshape(1, 2)
     parts = find_codec("fp32").encode(x, rng())
     assert list(parts) == [VALUES] and parts[VALUES] is x
-    assert find_codec("fp32").decode(parts, (1, 2)) is x
+    assert decode(find_codec("fp32"), parts, (1, 2)).tolist() == [[1, 2]]
 
 
 # fp16
@@ -198,7 +204,7 @@ def test_int8_by_hand() -> None:
     assert parts[VALUES].tolist() == [[[0, 51, 255], [0, 1, 255]]]
     assert np.array_equal(through(find_codec("int8"), x), x)
     planted = {VALUES: np.array([[[1, 50, 7]]], np.uint8), "scale": floats(0.25), "zero": np.array([50], np.uint8)}
-    assert find_codec("int8").decode(planted, (1, 1, 3)).tolist() == [[[-12.25, 0.0, -10.75]]]
+    assert decode(find_codec("int8"), planted, (1, 1, 3)).tolist() == [[[-12.25, 0.0, -10.75]]]
 
 
 def test_int8_rounds_by_chance_and_is_right_in_the_mean() -> None:
@@ -239,7 +245,7 @@ def test_fp8_by_hand() -> None:
     ]
     parts = find_codec("fp8").encode(floats(896, 1, -25).reshape(1, 1, 3), rng())
     assert parts["scale"].tolist() == [2.0]
-    assert find_codec("fp8").decode(parts, (1, 1, 3)).tolist() == [[[896, 1, -24]]]
+    assert decode(find_codec("fp8"), parts, (1, 1, 3)).tolist() == [[[896, 1, -24]]]
 
 
 def test_fp8_is_torchs_bit_for_bit() -> None:
@@ -272,7 +278,7 @@ def test_topk_keeps_k_numbers_of_every_sample_exactly_and_drops_the_others(x: An
     parts = codec.encode(x, rng(seed))
     num = x[0].size
     assert parts["places"].shape == (len(x), min(max(1, round(float(f"{share:.3f}") * num)), num))
-    decoded = codec.decode(parts, x.shape)
+    decoded = decode(codec, parts, x.shape)
     kept = np.zeros((len(x), num), bool)
     np.put_along_axis(kept, parts["places"].astype(int), True, axis=1)
     assert np.array_equal(decoded.reshape(len(x), -1), np.where(kept, x.reshape(len(x), -1), 0))
@@ -323,7 +329,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
 def test_parts_that_the_codec_does_not_make_are_refused(name: str, part: str, value: Any, words: str) -> None:
     codec = find_codec(name)
     honest = codec.encode(rng().standard_normal((2, 3, 4)).astype(np.float32), rng())
-    codec.decode(honest, (2, 3, 4))
+    decode(codec, honest, (2, 3, 4))
     planted = {key: array for key, array in {**honest, part: value}.items() if array is not None}
     with pytest.raises(IllegalCode, match=words):
-        codec.decode(planted, (2, 3, 4))
+        decode(codec, planted, (2, 3, 4))
