@@ -5,6 +5,9 @@ Legend: d samples, F... shape of one sample, channels its first dimension.
 
 from __future__ import annotations
 
+import math
+import tracemalloc
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +100,80 @@ def test_zeros_stay_zeros_and_an_empty_batch_is_one(name: str) -> None:
     codec = find_codec(name)
     assert not through(codec, np.zeros((3, 2, 2), np.float32)).any()
     assert through(codec, np.zeros((0, 2, 2), np.float32)).shape == (0, 2, 2)
+
+
+def expected_of(name: str, parts: Any, shape: tuple[int, ...]) -> Any:
+    """What these parts stand for, by torch's own types or one number at a time, in C order."""
+    values = parts[VALUES]
+    spread = channel_shape(shape)
+    if name == "fp16":
+        return torch.from_numpy(values.copy()).float().numpy()
+    if name == "bf16":
+        return torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy()
+    if name == "int8":
+        codes, zero = (torch.from_numpy(one.copy()).float() for one in (values, parts["zero"].reshape(spread)))
+        return ((codes - zero) * torch.from_numpy(parts["scale"].reshape(spread))).numpy()
+    if name == "fp8":
+        numbers = torch.from_numpy(values.copy()).view(torch.float8_e4m3fn).float()
+        return (numbers * torch.from_numpy(parts["scale"].reshape(spread))).numpy()
+    if name.startswith("topk"):
+        x = np.zeros((shape[0], math.prod(shape[1:])), np.float32)
+        for row, (own_places, own_values) in enumerate(zip(parts["places"], values, strict=True)):
+            for place, value in zip(own_places, own_values, strict=True):
+                x[row, place] = value
+        return x.reshape(shape)
+    return values
+
+
+def laid(x: Any, axes: Sequence[int]) -> Any:
+    """The same array, its memory in the order of these axes."""
+    return np.ascontiguousarray(x.transpose(axes)).transpose(np.argsort(axes))
+
+
+ORDERS = {"C": (0, 1, 2, 3), "channels last": (0, 2, 3, 1), "backwards": (3, 2, 1, 0)}
+
+
+@pytest.mark.parametrize("order_of_parts", ORDERS)
+@pytest.mark.parametrize("order", [*ORDERS, "every other number"])
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_fills_the_rows_that_it_is_given_however_they_lie_and_no_others(
+    name: str, order: str, order_of_parts: str
+) -> None:
+    """d = 3 rows in the midst of 7, F... = (5, 40, 30): more numbers than fp8 looks up at a time."""
+    shape, codec = (3, 5, 40, 30), find_codec(name)
+    x = rng(1).standard_normal(shape).astype(np.float32)
+    parts = codec.encode(x, rng(2))
+    if parts[VALUES].ndim == 4:
+        parts[VALUES] = laid(parts[VALUES], ORDERS[order_of_parts])
+    planted = np.float32(-12345.5)
+    if order == "every other number":
+        around = np.full((7, 5, 40, 60), planted)
+        out = around[2:5, :, :, ::2]
+    else:
+        around = laid(np.full((7, *shape[1:]), planted), ORDERS[order])
+        out = around[2:5]
+    codec.decode(parts, out)
+    expected = expected_of(name, parts, shape)
+    assert expected.dtype == np.float32
+    assert np.array_equal(np.ascontiguousarray(out).view(np.uint32), np.ascontiguousarray(expected).view(np.uint32))
+    out[...] = planted
+    assert (around == planted).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", [*CODECS, "topk(0.1)"])
+def test_decoding_makes_no_second_array_of_that_size(name: str, channels_last: bool) -> None:
+    """numpy tells tracemalloc of every array: 2 MiB are decoded, and less than a tenth is used for it."""
+    shape, codec = (64, 128, 8, 8), find_codec(name)
+    axes = ORDERS["channels last" if channels_last else "C"]
+    parts = codec.encode(rng().standard_normal(shape).astype(np.float32), rng())
+    parts = {key: laid(part, axes) if part.ndim == 4 else part for key, part in parts.items()}
+    out = laid(np.zeros(shape, np.float32), axes)
+    tracemalloc.start()
+    codec.decode(parts, out)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 0.1 * out.nbytes
 
 
 def test_bytes_per_sample_by_hand() -> None:
