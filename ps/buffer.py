@@ -13,12 +13,14 @@ Legend: d_i samples of worker i in one step, or in one part of it, F... shape of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mergesfl.methods.base import StepFeatures
 from mergesfl.runtime.arrays import ALIGNMENT_BYTES
 
 ALIGNMENT = ALIGNMENT_BYTES // torch.float32.itemsize  # in numbers
@@ -44,18 +46,27 @@ class MergeBuffer:
     def place(self, begin: int, shape: tuple[int, ...], channels_last: bool) -> Tensor:
         """(d_i, F...) from this number on, a multiple of ALIGNMENT; channels_last: of (n, c, h, w)."""
         assert begin + math.prod(shape) <= self._memory.numel(), "what a plan takes was reserved"
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        if channels_last:
-            _, channels, _, width = shape
-            strides[1:] = [1, width * channels, channels]
-        return self._memory.as_strided(shape, strides, begin)
+        return self._memory.as_strided(shape, _strides_of(shape[1:], channels_last), begin)
 
 
-def on_device(places: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Places of one buffer, one at least, on a device: moved there at once, with what lies between them."""
-    if device.type == "cpu":
-        return list(places)
+@functools.cache
+def _strides_of(sample_shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    """Of (d_i, F...) in memory, whatever d_i."""
+    size = math.prod(sample_shape)
+    if channels_last:
+        channels, _, width = sample_shape
+        return size, 1, width * channels, channels
+    return size, *(math.prod(sample_shape[axis:]) for axis in range(1, len(sample_shape) + 1))
+
+
+def on_device(arrived: Sequence[StepFeatures], device: torch.device) -> list[StepFeatures]:
+    """What lies in places of one buffer, on a device: moved there at once, with what lies between them."""
+    if device.type == "cpu" or not arrived:
+        return list(arrived)
+    places, sizes = [one.features for one in arrived], [len(one.labels) for one in arrived]
     begin = min(place.storage_offset() for place in places)
     end = max(place.storage_offset() + place.numel() for place in places)
     whole = places[0].as_strided((end - begin,), (1,), begin).to(device)
-    return [whole.as_strided(place.shape, place.stride(), place.storage_offset() - begin) for place in places]
+    features = [whole.as_strided(place.shape, place.stride(), place.storage_offset() - begin) for place in places]
+    labels = torch.split(torch.cat([one.labels for one in arrived]).to(device), sizes)
+    return [StepFeatures(one.worker_id, z, y, one.part) for one, z, y in zip(arrived, features, labels, strict=True)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -21,10 +20,8 @@ class NotFiniteError(MergeSFLError):
     """A worker's own arithmetic broke down: no use in this round, and no reason to close it."""
 
 
-def read_features(
-    name: str, message: Features, out: Floats, num_classes: int, codecs: RunCodecs
-) -> tuple[Features, float]:
-    """The features, decoded, and max |z|; what they were received in is let go.
+def read_features(name: str, message: Features, out: Floats, num_classes: int, codecs: RunCodecs) -> float:
+    """Decodes the features, and looks at the labels; max |z|.
 
     Args:
         name: of the worker.
@@ -36,7 +33,7 @@ def read_features(
     Raises RemoteProtocolError for content that no honest worker sends, NotFiniteError for what is of no use.
     """
     try:
-        message = codecs.decode_features(message, out)
+        codecs.decode_features(message, out)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"worker '{name}' {error}") from None
     labels = message.labels
@@ -51,7 +48,7 @@ def read_features(
     magnitude = float(max(out.max(), -out.min())) if out.size else 0.0  # NaN: both are NaN
     if not math.isfinite(magnitude):
         raise NotFiniteError(f"worker '{name}' sent features that are not finite")
-    return replace(message, labels=labels.copy()), magnitude
+    return magnitude
 
 
 def read_update(

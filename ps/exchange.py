@@ -9,7 +9,7 @@ Legend: d_i samples of worker i in one step, F... shape of one sample at the cut
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -34,17 +34,14 @@ from ps.outliers import MAX_MAGNITUDE, Outliers
 from ps.switchboard import RoundMessage, Switchboard
 from ps.waiting import wait_for_answers
 
-NOWHERE = torch.empty(0)
-
 
 @dataclass(frozen=True)
 class Arrival:
-    """One worker's message and when it was received."""
+    """One worker's message, of features what is left of it in main memory, and when it was received."""
 
-    message: Features | Update
+    message: StepFeatures | Update
     received_seconds: float
     magnitude: float = 0.0  # max |z| of features
-    place: torch.Tensor = NOWHERE  # of features in the buffer, (d_i, F...)
 
 
 class RoundExchange:
@@ -152,7 +149,7 @@ class RoundExchange:
         self._step = step
         arrivals = self._gather(Features, self._step_deadline_seconds, {})
         self._outliers.note({name: arrival.magnitude for name, arrival in arrivals.items()})
-        return self._step_features(list(arrivals.items()), device)
+        return self._step_features(arrivals.values(), device)
 
     def answer(
         self,
@@ -194,18 +191,12 @@ class RoundExchange:
         self._active = {}
 
     def _step_features(
-        self, arrivals: Sequence[tuple[str, Arrival]], device: torch.device
+        self, arrivals: Iterable[Arrival], device: torch.device
     ) -> tuple[list[StepFeatures], list[float]]:
-        """What these workers sent, in this order, on the device of the top, and when each was received."""
-        if not arrivals:
-            return [], []
-        messages = [arrival.message for _, arrival in arrivals if isinstance(arrival.message, Features)]
-        features = on_device([arrival.place for _, arrival in arrivals], device)  # (d_i, F...)
-        all_labels = torch.from_numpy(np.concatenate([one.labels for one in messages])).to(device)  # (D,)
-        labels = torch.split(all_labels, [len(one.labels) for one in messages])  # (d_i,)
-        names = [(name, one.part) for (name, _), one in zip(arrivals, messages, strict=True)]
-        arrived = [StepFeatures(name, z, y, part) for (name, part), z, y in zip(names, features, labels, strict=True)]
-        return arrived, [arrival.received_seconds for _, arrival in arrivals]
+        """What these workers sent, as it lies in the buffer, on the device of the top, and when each was received."""
+        found = [(one.message, one.received_seconds) for one in arrivals if isinstance(one.message, StepFeatures)]
+        found.sort(key=lambda pair: pair[0].features.storage_offset())
+        return on_device([message for message, _ in found], device), [seconds for _, seconds in found]
 
     def _open_places(self) -> None:
         """Makes room for the features of all workers."""
@@ -283,8 +274,9 @@ class RoundExchange:
         channels_last = message.features.shape == shape and is_channels_last(message.features)
         begin = self._take_place(name, message.step, room_of(shape))
         place = self._buffer.place(begin, shape, channels_last)
-        features, magnitude = read_features(name, message, place.numpy(), self._num_classes, self._codecs)
-        return Arrival(features, received_seconds, magnitude, place)
+        magnitude = read_features(name, message, place.numpy(), self._num_classes, self._codecs)
+        labels = torch.from_numpy(message.labels.copy())
+        return Arrival(StepFeatures(name, place, labels, message.part), received_seconds, magnitude)
 
     def _give_up(self, member: Member, reason: str) -> None:
         """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""

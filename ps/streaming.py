@@ -82,10 +82,10 @@ class StreamingExchange(RoundExchange):
         self._drain()
         if not self._ready:
             self._wait()
-        arrivals: list[tuple[str, Arrival]] = []
+        arrivals: list[Arrival] = []
         for name in sorted(self._ready, key=self._places.__getitem__):
             own = self._inbox.pop(name)
-            arrivals += [(name, arrival) for arrival in own]
+            arrivals += own
             magnitudes = (arrival.magnitude for arrival in own)
             self._step_magnitudes[name] = max(self._step_magnitudes.get(name, 0.0), *magnitudes)
             self._num_open[name] -= len(own)
@@ -93,7 +93,6 @@ class StreamingExchange(RoundExchange):
                 del self._num_open[name]
             self._expect(name)
         self._ready = set()
-        arrivals.sort(key=lambda one: one[1].place.storage_offset())
         return self._step_features(arrivals, device)
 
     def _open_places(self) -> None:

@@ -13,6 +13,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from mergesfl.config import RunConfig
+from mergesfl.control.plan import RoundPlan
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.methods import METHODS
+from mergesfl.methods.base import StepFeatures
 from mergesfl.models import cnn_har
 from mergesfl.protocol.arrays import is_channels_last
 from mergesfl.protocol.codec import decode, encode
@@ -36,6 +39,7 @@ from ps.content import NotFiniteError, read_features
 from ps.exchange import RoundExchange
 from tests.memory_cluster import (
     NAMES,
+    HandClock,
     ScriptedCluster,
     ScriptedWorker,
     at,
@@ -117,12 +121,16 @@ def test_it_grows_and_stays() -> None:
 def test_places_move_to_another_device_at_once_and_keep_their_layout() -> None:
     """torch's device "meta" has shapes and no memory."""
     places = places_of(buffer_of(9 * 64), [(3, 4, 8, 2)] * 3, [True, True, False])[1:]
-    moved = on_device(places, torch.device("meta"))
-    assert [one.device.type for one in moved] == ["meta"] * 2
-    assert [(one.shape, one.stride()) for one in moved] == [(one.shape, one.stride()) for one in places]
-    assert [one.storage_offset() for one in moved] == [0, 3 * 64]
-    assert moved[0].untyped_storage().nbytes() == 4 * 6 * 64
-    assert [one.data_ptr() for one in on_device(places, CPU)] == [one.data_ptr() for one in places]
+    here = [StepFeatures(name, place, torch.arange(3), 1) for name, place in zip("ab", places, strict=True)]
+    moved = on_device(here, torch.device("meta"))
+    assert [(one.worker_id, one.part) for one in moved] == [("a", 1), ("b", 1)]
+    features, labels = [one.features for one in moved], [one.labels for one in moved]
+    assert {one.device.type for one in (*features, *labels)} == {"meta"}
+    assert [(one.shape, one.stride()) for one in features] == [(one.shape, one.stride()) for one in places]
+    assert [one.storage_offset() for one in features] == [0, 3 * 64]
+    assert features[0].untyped_storage().nbytes() == 4 * 6 * 64
+    assert [one.shape for one in labels] == [(3,), (3,)] and labels[0]._base is labels[1]._base
+    assert on_device(here, CPU) == here and on_device([], torch.device("meta")) == []
 
 
 # What arrives.
@@ -152,19 +160,23 @@ def test_a_step_of_ten_workers_makes_no_second_copy_of_its_features(codec: str) 
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
-def test_what_was_received_is_let_go_when_it_is_read(codec: str) -> None:
-    run, shape = RunCodecs(0, codec, "fp32", "fp32"), (8192, 128)
-    honest = Features(1, 0, np.ones(shape, np.float32), np.full(8192, 2))
+def test_what_was_received_is_let_go_when_it_is_accepted(codec: str) -> None:
+    run, num_samples = RunCodecs(0, codec, "fp32", "fp32"), 8192
+    honest = Features(1, 0, np.ones((num_samples, 128), np.float32), np.full(num_samples, 2))
     memories = [np.frombuffer(bytes(frame), np.uint8) for frame in encode(run.encode_features(honest, "a"))]
     held = [weakref.ref(memory) for memory in memories[1:]]
     assert len(held) == 2, "neither features nor labels are part of the header"
     message: Any = decode([memories[0].tobytes(), *(memory.data for memory in memories[1:])])
-    read, magnitude = read_features("a", message, buffer_of(8192 * 128).place(0, shape, False).numpy(), 3, run)
+    nobody: Any = SimpleNamespace(by_id={"a": None})
+    plan = RoundPlan(0, ("a",), (num_samples,), 1, 1, (1.0,), 0.0, 0.0, 0.0, 0, 0)
+    exchange = RoundExchange(plan, nobody, nobody, HandClock(), (128,), 3, 5.0, 1, run, MergeBuffer())
+    exchange._open_places()
+    arrival = exchange._arrival("a", message, 0.0)
     del memories, message
     gc.collect()
     assert all(one() is None for one in held)
-    assert np.allclose(read.features, 1, rtol=0.01) and magnitude == pytest.approx(1, rel=0.01)
-    assert (read.labels == 2).all()
+    assert isinstance(arrival.message, StepFeatures) and arrival.magnitude == pytest.approx(1, rel=0.01)
+    assert np.allclose(arrival.message.features, 1, rtol=0.01) and (arrival.message.labels == 2).all()
 
 
 # Whole runs.

@@ -72,10 +72,12 @@ class RunCodecs:
         values, parts = _encoded(self._features, message.features, generator)
         return replace(message, features=values, parts=parts)
 
-    def decode_features(self, message: Features, out: Floats) -> Features:
-        """The message with its float32 features (d, F...), which are written to `out`. Raises RemoteProtocolError."""
-        _decode("features", self._features, message.features, message.parts, out)
-        return replace(message, features=out, parts={})
+    def decode_features(self, message: Features, out: Floats) -> None:
+        """Writes its float32 features (d, F...), of the shape of `out`, to it. Raises RemoteProtocolError."""
+        if _is_plain(self._features, message.features, message.parts, out.shape):
+            np.copyto(out, message.features)
+        else:
+            _decode("features", self._features, message.features, message.parts, out)
 
     def encode_gradient(
         self, gradient: Array, worker_id: str, round_num: int, step: int, part: int = 0
