@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mergesfl.codecs.base import Floats
 from mergesfl.errors import MergeSFLError, RemoteProtocolError
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Features, Update
@@ -19,37 +20,35 @@ class NotFiniteError(MergeSFLError):
     """A worker's own arithmetic broke down: no use in this round, and no reason to close it."""
 
 
-def read_features(
-    name: str, message: Features, shape: tuple[int, ...], num_classes: int, codecs: RunCodecs
-) -> tuple[Features, float]:
-    """The features, decoded, and max |z|.
+def read_features(name: str, message: Features, out: Floats, num_classes: int, codecs: RunCodecs) -> float:
+    """Decodes the features, and looks at the labels; max |z|.
 
     Args:
         name: of the worker.
         message: as it was received.
-        shape: (d_i, F...), which its features must have.
+        out: where its features go, of the shape (d_i, F...) that they must have; of no use after an error.
         num_classes: C; labels are 0 to C - 1.
         codecs: of the run.
 
     Raises RemoteProtocolError for content that no honest worker sends, NotFiniteError for what is of no use.
     """
     try:
-        message = codecs.decode_features(message, shape)
+        codecs.decode_features(message, out)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"worker '{name}' {error}") from None
-    features, labels = message.features, message.labels
-    if labels.shape != shape[:1] or labels.dtype != np.int64:
+    labels = message.labels
+    if labels.shape != out.shape[:1] or labels.dtype != np.int64:
         raise RemoteProtocolError(
-            f"worker '{name}' sent labels {labels.dtype}{labels.shape}, expected int64{shape[:1]}"
+            f"worker '{name}' sent labels {labels.dtype}{labels.shape}, expected int64{out.shape[:1]}"
         )
     if len(labels) and not int(labels.view(np.uint64).max()) < num_classes:  # what is negative is huge
         raise RemoteProtocolError(
             f"worker '{name}' sent labels from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}"
         )
-    magnitude = float(max(features.max(), -features.min())) if features.size else 0.0  # NaN: both are NaN
+    magnitude = float(max(out.max(), -out.min())) if out.size else 0.0  # NaN: both are NaN
     if not math.isfinite(magnitude):
         raise NotFiniteError(f"worker '{name}' sent features that are not finite")
-    return message, magnitude
+    return magnitude
 
 
 def read_update(

@@ -1,12 +1,17 @@
 """Gather and scatter of one round: who answered in time, in plan order, and what became of the others.
 
+Features are decoded when they arrive, straight to their worker's place in the buffer (ps/buffer.py): while the others
+are waited for, and what was received is let go. Places lie in plan order, so when all are there the buffer is the
+merged batch; of workers that were lost there are gaps.
+
 Legend: d_i samples of worker i in one step, F... shape of one sample at the cut, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,12 +20,14 @@ from mergesfl.control.plan import RoundPlan
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.methods.base import MAY_OMIT_TENSORS, Setting, State, StepFeatures
 from mergesfl.parts import part_sizes
+from mergesfl.protocol.arrays import is_channels_last
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Assign, Features, Gradient, Release, Update, wire_round
-from mergesfl.runtime.arrays import state_to_arrays, to_array, to_tensors
+from mergesfl.runtime.arrays import state_to_arrays, to_array
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
+from ps.buffer import MergeBuffer, on_device, room_of
 from ps.content import NotFiniteError, read_features, read_update
 from ps.fleet import Fleet, Member
 from ps.outliers import MAX_MAGNITUDE, Outliers
@@ -30,9 +37,9 @@ from ps.waiting import wait_for_answers
 
 @dataclass(frozen=True)
 class Arrival:
-    """One worker's message and when it was received."""
+    """One worker's message, of features what is left of it in main memory, and when it was received."""
 
-    message: Features | Update
+    message: StepFeatures | Update
     received_seconds: float
     magnitude: float = 0.0  # max |z| of features
 
@@ -51,6 +58,7 @@ class RoundExchange:
         attempt: 1, 2, ... at this round.
         codecs: of the run.
         take: is given the trained state of each worker that finishes, when it arrives.
+        buffer: of the run; what is in it is nobody's any more.
         parts_per_step: in how many parts a worker sends its batch, if it has as many samples.
     """
 
@@ -66,6 +74,7 @@ class RoundExchange:
         attempt: int,
         codecs: RunCodecs,
         take: Callable[[str, Update], None],
+        buffer: MergeBuffer,
         parts_per_step: int = 1,
     ) -> None:
         self._wire_round = wire_round(plan.round_num, attempt)
@@ -83,6 +92,8 @@ class RoundExchange:
         self._codecs = codecs
         self._take = take
         self._finished: dict[str, Arrival] = {}  # workers whose trained state was taken, and their Updates without it
+        self._buffer = buffer
+        self._begins: dict[str, int] = {}  # worker_id -> where its place in the buffer begins
         self._members: dict[str, Member] = {name: fleet.by_id[name] for name in plan.worker_ids}
         self._active = dict(self._members)
         self._assigned: dict[str, dict[str, np.ndarray]] = {}
@@ -109,6 +120,8 @@ class RoundExchange:
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work."""
         plan = self._plan
+        if plan.num_exchanges:
+            self._open_places()
         # The same state goes to many workers: converted and encoded once.
         sent_of: dict[int, tuple[dict[str, np.ndarray], Mapping[str, np.ndarray], Mapping[str, np.ndarray]]] = {}
         for name, member in list(self._active.items()):
@@ -140,7 +153,7 @@ class RoundExchange:
         self._step = step
         arrivals = self._gather(Features, self._step_deadline_seconds)
         self._outliers.note({name: arrival.magnitude for name, arrival in arrivals.items()})
-        return self._step_features(list(arrivals.items()), device)
+        return self._step_features(arrivals.values(), device)
 
     def answer(
         self,
@@ -186,15 +199,23 @@ class RoundExchange:
         self._active = {}
 
     def _step_features(
-        self, arrivals: Sequence[tuple[str, Arrival]], device: torch.device
+        self, arrivals: Iterable[Arrival], device: torch.device
     ) -> tuple[list[StepFeatures], list[float]]:
-        """What these workers sent, in this order, on the device of the top, and when each was received."""
-        messages = [arrival.message for _, arrival in arrivals if isinstance(arrival.message, Features)]
-        features = to_tensors([one.features for one in messages], device)  # (d_i, F...)
-        labels = to_tensors([one.labels for one in messages], device)  # (d_i,)
-        places = [(name, one.part) for (name, _), one in zip(arrivals, messages, strict=True)]
-        arrived = [StepFeatures(name, z, y, part) for (name, part), z, y in zip(places, features, labels, strict=True)]
-        return arrived, [arrival.received_seconds for _, arrival in arrivals]
+        """What these workers sent, as it lies in the buffer, on the device of the top, and when each was received."""
+        found = [(one.message, one.received_seconds) for one in arrivals if isinstance(one.message, StepFeatures)]
+        found.sort(key=lambda pair: pair[0].features.storage_offset())
+        return on_device([message for message, _ in found], device), [seconds for _, seconds in found]
+
+    def _open_places(self) -> None:
+        """Makes room for the features of all workers."""
+        rooms = [room_of((size, *self._feature_shape)) for size in self._batch_sizes.values()]
+        *begins, end = accumulate(rooms, initial=0)
+        self._begins = dict(zip(self._batch_sizes, begins, strict=True))
+        self._buffer.reserve(end)
+
+    def _take_place(self, name: str, step: int, num_numbers: int) -> int:
+        """Where in the buffer the place for so many numbers begins, which this worker has sent in this step."""
+        return self._begins[name]
 
     def _answer(self, one: StepFeatures, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
         """Sends one worker the gradient (d_i, F...) for these features."""
@@ -259,8 +280,12 @@ class RoundExchange:
             return self._finished[name]
         num_samples = self._part_sizes[name][message.part]  # the session has seen to it that there is such a part
         shape = (num_samples, *self._feature_shape)
-        features, magnitude = read_features(name, message, shape, self._num_classes, self._codecs)
-        return Arrival(features, received_seconds, magnitude)
+        channels_last = message.features.shape == shape and is_channels_last(message.features)
+        begin = self._take_place(name, message.step, room_of(shape))
+        place = self._buffer.place(begin, shape, channels_last)
+        magnitude = read_features(name, message, place.numpy(), self._num_classes, self._codecs)
+        labels = torch.from_numpy(message.labels.copy())
+        return Arrival(StepFeatures(name, place, labels, message.part), received_seconds, magnitude)
 
     def _give_up(self, member: Member, reason: str) -> None:
         """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""

@@ -32,6 +32,7 @@ from mergesfl.seeding import generator_for
 from mergesfl.training.evaluation import Evaluation
 from mergesfl.training.finite import all_finite
 from mergesfl.training.schedule import learning_rate
+from ps.buffer import MergeBuffer
 from ps.evaluator import Evaluator
 from ps.exchange import RoundExchange
 from ps.fleet import Fleet
@@ -96,6 +97,7 @@ class Server:
         self._feature_shape = feature_shape
         self._feature_bytes_per_sample = codecs.feature_bytes(feature_shape)
         self._codecs = codecs
+        self._buffer = MergeBuffer()
         self._survey = survey
         self._evaluator = evaluator
         self._device = device
@@ -222,6 +224,7 @@ class Server:
             attempt,
             self._codecs,
             self._take,
+            self._buffer,
             config.training.parts_per_step,
         )
         try:

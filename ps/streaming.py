@@ -6,6 +6,9 @@ So nobody is ever more than one step ahead, and a worker's session is the same a
 parts (training.parts_per_step), each of them is a message of its own and is answered as it comes, in the order of the
 parts; a worker is through with the step when all of them were handed on.
 
+In the buffer features lie in the order in which they came, and so they are handed on: those of a group one behind the
+other. The next step has the other half of the buffer, for the rows of the open one are in use until it is closed.
+
 A worker has cluster.step_deadline_seconds from its own last answer on, however long the others take. Features that
 arrive while the server computes are read when it has finished, and count as held from then on: the worker sees the
 rest, the computing for one group at most, as transfer.
@@ -22,6 +25,7 @@ import torch
 
 from mergesfl.methods.base import Setting, State, StepFeatures
 from mergesfl.protocol.messages import Features, Update
+from ps.buffer import room_of
 from ps.exchange import Arrival, RoundExchange
 from ps.fleet import Member
 from ps.switchboard import RoundMessage
@@ -41,6 +45,8 @@ class StreamingExchange(RoundExchange):
     _places: dict[str, int]  # worker_id -> place in the plan
     _step_magnitudes: dict[str, float]  # worker_id -> max |z| of what has been handed on
     _probing: Probing
+    _half: int  # of the buffer, in numbers: room for one step
+    _ends: list[int]  # where the next place in each half begins; step k has half k % 2
 
     def assign(self, method: str, settings: Mapping[str, Mapping[str, Setting]], states: Mapping[str, State]) -> None:
         """Sends each worker its work; nothing has arrived yet."""
@@ -61,23 +67,25 @@ class StreamingExchange(RoundExchange):
         """Opens a step of all workers that are still in the round."""
         self._step, self._step_magnitudes = step, {}
         self._num_open = {name: len(self._part_sizes[name]) for name in self._active}
+        following = (step + 1) % 2
+        self._ends[following] = following * self._half  # of the step after this one nothing can be here yet
         self._ready = {name for name in self._active if name in self._inbox}
         awaited = [name for name in self._active if name not in self._inbox]
         self._awaited = {name: self._active[name] for name in sorted(awaited, key=self._due_seconds.__getitem__)}
         self._probing = Probing(self._clock, self._switchboard.patience.probe_seconds)
 
     def next_group(self, device: torch.device) -> tuple[list[StepFeatures], list[float]]:
-        """Waits for features of the open step; then all that are there, in plan order, and when each was received.
+        """Waits for features of the open step; then all that are there, as they came, and when each was received.
 
         None are returned when instead of an arrival somebody was lost.
         """
         self._drain()
         if not self._ready:
             self._wait()
-        arrivals: list[tuple[str, Arrival]] = []
+        arrivals: list[Arrival] = []
         for name in sorted(self._ready, key=self._places.__getitem__):
             own = self._inbox.pop(name)
-            arrivals += [(name, arrival) for arrival in own]
+            arrivals += own
             magnitudes = (arrival.magnitude for arrival in own)
             self._step_magnitudes[name] = max(self._step_magnitudes.get(name, 0.0), *magnitudes)
             self._num_open[name] -= len(own)
@@ -86,6 +94,18 @@ class StreamingExchange(RoundExchange):
             self._expect(name)
         self._ready = set()
         return self._step_features(arrivals, device)
+
+    def _open_places(self) -> None:
+        """Makes room for two steps."""
+        sizes = [size for own in self._part_sizes.values() for size in own]
+        self._half = sum(room_of((size, *self._feature_shape)) for size in sizes)
+        self._buffer.reserve(2 * self._half)
+        self._ends = [0, self._half]
+
+    def _take_place(self, name: str, step: int, num_numbers: int) -> int:
+        begin = self._ends[step % 2]
+        self._ends[step % 2] += num_numbers
+        return begin
 
     def _answer(self, one: StepFeatures, step: int, gradient: torch.Tensor, received_seconds: float) -> None:
         """From then on the worker has the step deadline for its next message."""

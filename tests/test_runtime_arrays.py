@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mergesfl.errors import ConfigError
-from mergesfl.runtime.arrays import arrays_to_state, borrowed_tensor, state_to_arrays, to_array, to_tensor, to_tensors
-from mergesfl.training.merging import joined
+from mergesfl.runtime.arrays import arrays_to_state, borrowed_tensor, state_to_arrays, to_array, to_tensor
 
 CPU = torch.device("cpu")
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -66,17 +65,6 @@ def test_channels_last_stay_so_without_a_copy() -> None:
     assert array.ctypes.data == tensor.data_ptr() and array.shape == (2, 3, 4, 5)
     back = to_tensor(array, CPU)
     assert torch.equal(back, tensor) and back.stride() == tensor.stride() and back.data_ptr() != tensor.data_ptr()
-    wide = torch.arange(256.0).reshape(2, 4, 8, 4).contiguous(memory_format=torch.channels_last)
-    parts = to_tensors([to_array(wide), to_array(wide + 1)], CPU)  # 512 bytes each: slices of one tensor
-    whole = joined(parts)
-    assert whole.data_ptr() == parts[0].data_ptr() and whole.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(whole, torch.cat([wide, wide + 1]))
-
-
-def test_slices_of_two_orders_are_copied_when_they_are_joined() -> None:
-    wide = torch.arange(256.0).reshape(2, 4, 8, 4)
-    last = wide.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(joined(to_tensors([to_array(wide), to_array(last)], CPU)), torch.cat([wide, wide]))
 
 
 def test_scalars_and_empty_arrays_keep_their_shape() -> None:
@@ -121,23 +109,3 @@ def test_states_keep_names_and_order() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
     state["b"] += 1
     assert torch.equal(back["b"], torch.ones(2))
-
-
-def test_many_arrays_become_slices_of_one_tensor_in_their_order() -> None:
-    arrays = [np.full((d, 16), d, np.float32) for d in (2, 1, 3)]
-    for array in arrays:
-        array.flags.writeable = False
-    tensors = to_tensors(arrays, CPU)
-    assert [tensor.tolist() for tensor in tensors] == [array.tolist() for array in arrays]
-    begin = tensors[0].data_ptr()
-    assert [tensor.data_ptr() - begin for tensor in tensors] == [0, 2 * 64, 3 * 64]
-    assert begin % 64 == 0
-    tensors[0].zero_()
-    assert arrays[0].min() == 2.0
-    assert to_tensors([], CPU) == []
-
-
-def test_a_slice_that_would_not_be_aligned_has_memory_of_its_own() -> None:
-    tensors = to_tensors([np.ones((1, 15), np.float32), np.ones((2, 15), np.float32)], CPU)
-    assert [tensor.data_ptr() % 64 for tensor in tensors] == [0, 0]
-    assert tensors[0].untyped_storage().data_ptr() != tensors[1].untyped_storage().data_ptr()

@@ -30,7 +30,7 @@ from benchmarks.micro.samples import dataset_text, find_workload
 from mergesfl.config import RunConfig, load_config
 from mergesfl.methods.base import StepFeatures
 from mergesfl.methods.merged_top import MergedTop
-from mergesfl.runtime.arrays import Array, to_tensors
+from mergesfl.runtime.arrays import Array, to_tensor
 from mergesfl.runtime.clock import WallClock
 from mergesfl.runtime.journal import read_journal
 from mergesfl.runtime.process import keep_freed_memory
@@ -118,9 +118,8 @@ def record(scene: Scene, batch_size: int, path: Path) -> tuple[Array, Array]:
 def pure_seconds(scene: Scene, load: Load, features: Array, labels: Array) -> float:
     """CPU seconds of one step of the top on the merged batch, without anything around it; the median of a few."""
     cpu = torch.device("cpu")
-    all_features = to_tensors([features] * load.num_workers, cpu)  # (d, F...) each
-    all_labels = to_tensors([labels] * load.num_workers, cpu)  # (d,) each
-    parts = zip(all_features, all_labels, strict=True)
+    merged, all_labels = (to_tensor(np.concatenate([one] * load.num_workers), cpu) for one in (features, labels))
+    parts = zip(torch.split(merged, len(labels)), torch.split(all_labels, len(labels)), strict=True)
     arrived = [StepFeatures(str(index), z, y) for index, (z, y) in enumerate(parts)]
     top = MergedTop(copy.deepcopy(scene.network.top).train())
     top.open([one.worker_id for one in arrived], 0.001)

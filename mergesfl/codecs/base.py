@@ -11,7 +11,9 @@ Rules, all [ours]:
 2. Chance comes from the generator that is given, and from nowhere else.
 3. `decode` trusts nothing: names, types, shapes and values of what arrived are checked against the shape that is
    expected, and IllegalCode says what is wrong.
-4. The bytes of a message are known before it is made: `num_bytes`.
+4. It writes into memory that is there, the rows of a merged batch for example (ps/buffer.py), in whatever order these
+   lie, and makes no other array of float32 of that size.
+5. The bytes of a message are known before it is made: `num_bytes`.
 """
 
 from __future__ import annotations
@@ -50,8 +52,11 @@ class Codec(Protocol):
         """x (d, F...) -> the parts that stand for it."""
         ...
 
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Floats:
-        """The parts of an x of this shape (d, F...) -> what is left of it. Raises IllegalCode."""
+    def decode(self, parts: Parts, out: Floats) -> None:
+        """The parts of an x of the shape of out (d, F...) -> what is left of it, in out, whatever its strides.
+
+        Raises IllegalCode; what is in out is of no use then.
+        """
         ...
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:

@@ -32,12 +32,12 @@ class Bf16:
         upper = (np.where(magnitude >= _INFINITY, kept, rounded) | sign) >> np.uint32(16)
         return {VALUES: upper.astype(np.uint16).view(np.int16).reshape(x.shape)}
 
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Floats:
+    def decode(self, parts: Parts, out: Floats) -> None:
         """Exactly the bfloat16. Raises IllegalCode."""
         require_names(parts, VALUES)
-        upper = np.ascontiguousarray(require(parts, VALUES, np.int16, shape)).view(np.uint16)
-        x: Floats = (upper.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return x.reshape(shape)
+        bits = out.view(np.uint32)
+        np.copyto(bits, require(parts, VALUES, np.int16, out.shape).view(np.uint16))
+        np.left_shift(bits, np.uint32(16), out=bits)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """2 per number."""

@@ -28,10 +28,10 @@ class Fp16:
             half[is_over] = np.copysign(LARGEST, half[is_over])
         return {VALUES: half}
 
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Floats:
+    def decode(self, parts: Parts, out: Floats) -> None:
         """Exactly the halves. Raises IllegalCode."""
         require_names(parts, VALUES)
-        return require(parts, VALUES, np.float16, shape).astype(np.float32)
+        np.copyto(out, require(parts, VALUES, np.float16, out.shape))
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """2 per number."""

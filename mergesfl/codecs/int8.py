@@ -65,17 +65,17 @@ class Int8:
         scale = np.where(is_finite, scale, np.float32(np.inf))
         return {VALUES: codes, "scale": scale.reshape(-1), "zero": zero.astype(np.uint8).reshape(-1)}
 
-    def decode(self, parts: Parts, shape: tuple[int, ...]) -> Floats:
+    def decode(self, parts: Parts, out: Floats) -> None:
         """(code - zero) * scale. Raises IllegalCode."""
         require_names(parts, VALUES, "scale", "zero")
+        shape = out.shape
         codes = require(parts, VALUES, np.uint8, shape)
         scale = require_scale(parts, shape)
         zero = require(parts, "zero", np.uint8, (num_channels(shape),)).reshape(channel_shape(shape))
-        x: Floats = codes.astype(np.float32)
-        x -= zero
+        np.copyto(out, codes)
+        out -= zero.astype(np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
-            x *= np.where(np.isfinite(scale), scale, np.float32(np.nan))
-        return x
+            out *= np.where(np.isfinite(scale), scale, np.float32(np.nan))
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """1 per number, 5 per channel."""

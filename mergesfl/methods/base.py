@@ -72,7 +72,7 @@ class MethodSettings:
 class StepFeatures:
     """What one worker sent in one step, or in one part of it: features (d_i, F...) and labels (d_i,), or fewer samples.
 
-    They are on the device of the top.
+    They are on the device of the top. The features may be read until the step is over: then others take their memory.
     """
 
     worker_id: str

@@ -72,12 +72,12 @@ class RunCodecs:
         values, parts = _encoded(self._features, message.features, generator)
         return replace(message, features=values, parts=parts)
 
-    def decode_features(self, message: Features, shape: tuple[int, ...]) -> Features:
-        """The message with float32 features of this shape (d, F...). Raises RemoteProtocolError."""
-        if _is_plain(self._features, message.features, message.parts, shape):
-            return message
-        features = _decoded("features", self._features, message.features, message.parts, shape)
-        return replace(message, features=features, parts={})
+    def decode_features(self, message: Features, out: Floats) -> None:
+        """Writes its float32 features (d, F...), of the shape of `out`, to it. Raises RemoteProtocolError."""
+        if _is_plain(self._features, message.features, message.parts, out.shape):
+            np.copyto(out, message.features)
+        else:
+            _decode("features", self._features, message.features, message.parts, out)
 
     def encode_gradient(
         self, gradient: Array, worker_id: str, round_num: int, step: int, part: int = 0
@@ -88,7 +88,10 @@ class RunCodecs:
         return _encoded(self._gradients, gradient, self._generator("gradient", worker_id, round_num, step, part))
 
     def decode_gradient(self, message: Gradient, shape: tuple[int, ...]) -> Array:
-        """The float32 gradient of this shape (d, F...), or an empty one. Raises RemoteProtocolError."""
+        """The float32 gradient of this shape (d, F...), or an empty one: without a codec the very array that was sent.
+
+        Raises RemoteProtocolError.
+        """
         if message.gradient.shape == (0,) and message.gradient.dtype == np.float32 and not message.parts:
             return message.gradient
         if _is_plain(self._gradients, message.gradient, message.parts, shape):
@@ -169,11 +172,18 @@ def _encoded(codec: Codec, x: Array, generator: np.random.Generator) -> tuple[Ar
     return parts.pop(VALUES), parts
 
 
-def _decoded(what: str, codec: Codec, values: Array, others: State, shape: tuple[int, ...]) -> Array:
+def _decoded(what: str, codec: Codec, values: Array, others: State, shape: tuple[int, ...]) -> Floats:
+    """As a new array, which lies as the values do."""
+    out = np.empty_like(values, np.float32) if values.shape == shape else np.empty(shape, np.float32)
+    _decode(what, codec, values, others, out)
+    return out
+
+
+def _decode(what: str, codec: Codec, values: Array, others: State, out: Floats) -> None:
     if VALUES in others:
         raise _strange(what, codec, f"'{VALUES}' twice")
     try:
-        return codec.decode({VALUES: values, **others}, shape)
+        codec.decode({VALUES: values, **others}, out)
     except IllegalCode as error:
         raise RemoteProtocolError(f"sent {what} {error}{_advice(codec)}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -51,21 +51,6 @@ def borrowed_tensor(array: Array, device: torch.device) -> Tensor:
         return to_tensor(array, device)
     tensor = torch.from_numpy(view)
     return to_tensor(array, device) if tensor.data_ptr() % ALIGNMENT_BYTES else tensor.to(device)
-
-
-def to_tensors(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """`to_tensor` of each, (d_i, F...) with equal F... and dtype: consecutive slices of ONE new tensor (D, F...).
-
-    Whoever joins them again along the first dimension has nothing to copy: see training/merging.py. Where a slice would
-    not be aligned as torch aligns, every tensor has memory of its own: the last bit must not depend on its neighbours.
-    """
-    if not arrays or any(array.nbytes % ALIGNMENT_BYTES for array in arrays):
-        return [to_tensor(array, device) for array in arrays]
-    num_rows = sum(len(array) for array in arrays)
-    channels_last = all(is_channels_last(array) for array in arrays)
-    whole = _empty((num_rows, *arrays[0].shape[1:]), arrays[0].dtype, channels_last)  # (D, F...)
-    np.concatenate(arrays, out=whole.numpy())
-    return list(torch.split(whole.to(device), [len(array) for array in arrays]))
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
