@@ -5,6 +5,7 @@ Legend: d samples, F... shape of one sample, channels its first dimension.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tracemalloc
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mergesfl.codecs import CODECS, WEIGHT_CODECS, find_codec, find_weight_codec
-from mergesfl.codecs.base import VALUES, Codec, IllegalCode, channel_axes, channel_shape, sample_bytes
+from mergesfl.codecs.base import VALUES, Codec, IllegalCode, channel_shape, per_channel, sample_bytes
 from mergesfl.codecs.fp8 import NUMBERS, to_e4m3
 from mergesfl.errors import ConfigError
 
@@ -192,9 +193,24 @@ def test_bytes_per_sample_by_hand() -> None:
     assert find_codec("int8").num_bytes((16, 32, 32, 2)) == 16 * 2048 + 32 * 5
 
 
+def test_what_crosses_the_wire_for_these_numbers_has_not_changed() -> None:
+    """Of all sizes, halves of steps and a channel of zeros; in C order and channels last the values are the same."""
+    x = (rng().integers(-4000, 4000, (5, 6, 3, 2)) * 2.0 ** rng(1).integers(-30, 9, (5, 6, 3, 2))).astype(np.float32)
+    x[:, 2] = 0
+    x[0, 3, 0] = 3e38, -1e-40
+    for order in (x, np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)):
+        for name, expected in (("fp16", "05ba3008"), ("bf16", "2c3c3890"), ("int8", "615d4866"), ("fp8", "cc340465")):
+            parts = find_codec(name).encode(order, rng(7)).values()
+            assert hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()[:8] == expected, name
+
+
 def test_channels_are_the_first_dimension_of_a_sample_that_has_two_or_more() -> None:
-    assert (channel_shape((8, 3, 5, 7)), channel_axes((8, 3, 5, 7))) == ((1, 3, 1, 1), (0, 2, 3))
-    assert (channel_shape((8, 3)), channel_axes((8, 3))) == ((1, 1), (0, 1))
+    assert (channel_shape((8, 3, 5, 7)), channel_shape((8, 3))) == ((1, 3, 1, 1), (1, 1))
+    x = floats(*range(-5, 19)).reshape(2, 3, 2, 2)
+    assert (per_channel(np.min, x).tolist(), per_channel(np.max, x).tolist()) == ([-5, -1, 0], [10, 14, 18])
+    assert (per_channel(np.min, x.reshape(4, 6)), per_channel(np.max, x.reshape(4, 6))) == (-5, 18)
+    x[1, 1, 0, 0] = np.nan
+    assert np.isnan(per_channel(np.min, x)).tolist() == [False, True, False]
 
 
 def test_names_are_looked_up_and_the_nearest_is_named() -> None:
@@ -239,6 +255,18 @@ def test_fp16_errs_by_its_bound_and_is_torchs(x: Any) -> None:
     decoded = through(find_codec("fp16"), x)
     assert (np.abs(decoded - x) <= np.maximum(2.0**-11 * np.abs(x), 2.0**-25)).all()
     assert np.array_equal(decoded, torch.from_numpy(x).half().float().numpy())
+
+
+def test_fp16_is_numpys_bit_for_bit() -> None:
+    """A million bit patterns, and the halves between neighbouring small numbers; what would be infinite is not."""
+    patterns = rng().integers(0, 2**32, 10**6, dtype=np.uint32).view(np.float32)
+    halves = np.arange(0, 4097, dtype=np.float32) * np.float32(2.0**-25)
+    x = np.concatenate([patterns[~np.isnan(patterns)], halves, -halves, np.nextafter(halves, floats(1))])
+    with np.errstate(over="ignore"):
+        theirs = x.astype(np.float16)
+    is_over = np.isinf(theirs) & np.isfinite(x)
+    theirs[is_over] = np.copysign(np.float16(65504), x[is_over])
+    assert find_codec("fp16").encode(x, rng())[VALUES].tobytes() == theirs.tobytes()
 
 
 # bf16
@@ -299,7 +327,7 @@ def test_int8_errs_by_less_than_a_step_of_its_channel_and_zero_is_exact(x: Any, 
     decoded, scale = through(find_codec("int8"), x, seed), scale_of(find_codec("int8"), x)
     assert (np.abs(decoded - x) <= SLACK * scale + VANISHING).all()
     assert (decoded[x == 0] == 0).all()
-    lo, hi = (f(x, axis=channel_axes(x.shape), initial=0.0) for f in (np.min, np.max))
+    lo, hi = (per_channel(f, x) for f in (np.min, np.max))
     assert np.allclose(find_codec("int8").encode(x, rng())["scale"], np.ravel((hi - lo) / 255), rtol=1e-6, atol=1e-35)
 
 

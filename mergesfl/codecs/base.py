@@ -19,7 +19,7 @@ Rules, all [ours]:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,9 +105,14 @@ def channel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1, num_channels(shape), *(1,) * (len(shape) - 2))[: len(shape)]
 
 
-def channel_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes over which an x of this shape is reduced to one number per channel."""
-    return tuple(axis for axis in range(len(shape)) if not (len(shape) > 2 and axis == 1))
+def per_channel(reduce: Callable[..., Floats], x: Floats) -> Floats:
+    """np.min or np.max of every channel, (channels,), or () where there is one; 0 is among them.
+
+    First over the samples: number by number, for which there are vector instructions, in whatever order x lies.
+    """
+    over_samples = reduce(x, axis=0, initial=0.0)  # (F...)
+    axes = tuple(range(1, over_samples.ndim)) if over_samples.ndim > 1 else None
+    return reduce(over_samples, axis=axes, initial=0.0)
 
 
 def size_of(shape: tuple[int, ...]) -> int:

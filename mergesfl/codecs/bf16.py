@@ -11,9 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from mergesfl.codecs.base import VALUES, Array, Floats, Parts, require, require_names, size_of
+from mergesfl.codecs.small_floats import rounded_bits
 
-_INFINITY = 0x7F80_0000  # bits of float32; above are the NaN
-_LARGEST = 0x7F7F_0000  # of the largest finite bfloat16
+EXPONENT_BITS, MANTISSA_BITS = 8, 7
+LARGEST = (2.0 - 2.0**-MANTISSA_BITS) * 2.0**127
+_MAGNITUDE, _INFINITY = 0x7FFF_FFFF, 0x7F80_0000  # bits of float32; magnitudes above the latter are the NaN
 _QUIET = 0x0040_0000  # makes a NaN whose upper half is kept a NaN still
 
 
@@ -24,13 +26,13 @@ class Bf16:
 
     def encode(self, x: Floats, generator: np.random.Generator) -> dict[str, Array]:
         """VALUES int16 (d, F...): the bits."""
-        bits = np.ascontiguousarray(x).view(np.uint32)
-        magnitude, sign = bits & np.uint32(0x7FFF_FFFF), bits & np.uint32(0x8000_0000)
-        odd = (magnitude >> np.uint32(16)) & np.uint32(1)
-        rounded = np.minimum(magnitude + np.uint32(0x7FFF) + odd, np.uint32(_LARGEST))  # halves: up if above, or odd
-        kept = np.where(magnitude > _INFINITY, magnitude | np.uint32(_QUIET), magnitude)  # of what is not finite
-        upper = (np.where(magnitude >= _INFINITY, kept, rounded) | sign) >> np.uint32(16)
-        return {VALUES: upper.astype(np.uint16).view(np.int16).reshape(x.shape)}
+        x = np.ascontiguousarray(x).reshape(x.shape)  # numpy makes (1,) of ()
+        upper = rounded_bits(x, EXPONENT_BITS, MANTISSA_BITS, LARGEST).astype(np.int16)
+        is_finite = np.isfinite(x)
+        if not is_finite.all():
+            bits = x.view(np.int32)[~is_finite]
+            upper[~is_finite] = np.where(bits & _MAGNITUDE > _INFINITY, bits | _QUIET, bits) >> 16
+        return {VALUES: upper}
 
     def decode(self, parts: Parts, out: Floats) -> None:
         """Exactly the bfloat16. Raises IllegalCode."""

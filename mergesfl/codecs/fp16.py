@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from mergesfl.codecs.base import VALUES, Array, Floats, Parts, require, require_names, size_of
+from mergesfl.codecs.small_floats import rounded_bits
 
-LARGEST = np.float16(65504.0)
+EXPONENT_BITS, MANTISSA_BITS = 5, 10
+LARGEST = 65504.0
 
 
 class Fp16:
@@ -20,12 +22,10 @@ class Fp16:
 
     def encode(self, x: Floats, generator: np.random.Generator) -> dict[str, Array]:
         """VALUES float16 (d, F...)."""
-        with np.errstate(over="ignore", under="ignore"):
-            half = x.astype(np.float16)
-        is_over = np.isinf(half)
-        if is_over.any():
-            is_over &= np.isfinite(x)
-            half[is_over] = np.copysign(LARGEST, half[is_over])
+        half = rounded_bits(x, EXPONENT_BITS, MANTISSA_BITS, LARGEST).astype(np.uint16).view(np.float16)
+        is_finite = np.isfinite(x)
+        if not is_finite.all():
+            half[~is_finite] = x[~is_finite]
         return {VALUES: half}
 
     def decode(self, parts: Parts, out: Floats) -> None:

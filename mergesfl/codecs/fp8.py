@@ -24,32 +24,29 @@ from mergesfl.codecs.base import (
     Array,
     Floats,
     Parts,
-    channel_axes,
     channel_shape,
     num_channels,
+    per_channel,
     require,
     require_names,
     require_scale,
     size_of,
 )
+from mergesfl.codecs.small_floats import rounded_bits
 
+EXPONENT_BITS, MANTISSA_BITS = 4, 3
 LARGEST_E4M3 = 448.0
 NAN = 0x7F  # the one magnitude that is no number
 CODES_AT_A_TIME = 1 << 14  # that are looked up [ours]
 
 
 def to_e4m3(x: Floats) -> NDArray[np.uint8]:
-    """The codes of numbers from -448 to 448; NaN has a code, too."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    magnitude, sign = bits & np.uint32(0x7FFF_FFFF), (bits >> np.uint32(24)) & np.uint32(0x80)
-    odd = (magnitude >> np.uint32(20)) & np.uint32(1)
-    # 20 bits of mantissa go, rounded half to even; a carry moves on into the exponent, whose bias goes from 127 to 7.
-    normal = ((magnitude + np.uint32(0x7_FFFF) + odd) >> np.uint32(20)).astype(np.int32) - (120 << 3)
-    is_number = ~np.isnan(x)
-    small = np.rint(np.where(is_number, np.abs(x), 0.0) * np.float32(512)).astype(np.int32)  # multiples of 2**-9
-    codes = np.where(magnitude < np.float32(2.0**-6).view(np.uint32), small, normal)
-    signed: NDArray[np.uint8] = np.where(is_number, codes, NAN).astype(np.uint8) | sign.astype(np.uint8)
-    return signed.reshape(x.shape)
+    """The codes of numbers; beyond +-448 that of +-448. NaN has a code, too."""
+    codes = rounded_bits(x, EXPONENT_BITS, MANTISSA_BITS, LARGEST_E4M3).astype(np.uint8)
+    is_nan = np.isnan(x)
+    if is_nan.any():
+        codes[is_nan] |= NAN
+    return codes
 
 
 def _all_numbers() -> Floats:
@@ -84,17 +81,19 @@ class Fp8:
 
     def encode(self, x: Floats, generator: np.random.Generator) -> dict[str, Array]:
         """VALUES uint8 (d, F...), "scale" float32 (channels,)."""
-        axes, spread = channel_axes(x.shape), channel_shape(x.shape)
-        largest = np.max(np.abs(x), axis=axes, initial=0.0).astype(np.float64)  # (channels,) or (); NaN if there is one
+        spread = channel_shape(x.shape)
+        largest = per_channel(np.max, np.abs(x)).astype(np.float64)  # (channels,) or (); NaN if there is one
         is_finite, is_zero = np.isfinite(largest), largest < SMALLEST_RANGE
         largest = np.where(is_finite & ~is_zero, np.minimum(largest, LARGEST), 1.0)
         scale = (largest / LARGEST_E4M3).astype(np.float32)
         keeps = (is_finite & ~is_zero).reshape(spread)
         with np.errstate(invalid="ignore", over="ignore"):
-            scaled = np.clip(np.where(keeps, x / scale.reshape(spread), 0.0), -LARGEST_E4M3, LARGEST_E4M3)
+            scaled: Floats = np.divide(x, scale.reshape(spread), order="C")
+        if not keeps.all():
+            scaled = np.where(keeps, scaled, np.float32(0))
         scale = np.where(is_zero, np.float32(0), scale)
         scale = np.where(is_finite, scale, np.float32(np.inf))
-        return {VALUES: to_e4m3(scaled.astype(np.float32, copy=False)), "scale": scale.reshape(-1)}
+        return {VALUES: to_e4m3(scaled), "scale": scale.reshape(-1)}
 
     def decode(self, parts: Parts, out: Floats) -> None:
         """e4m3(code) * scale. Raises IllegalCode."""

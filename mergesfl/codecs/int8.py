@@ -27,9 +27,9 @@ from mergesfl.codecs.base import (
     Array,
     Floats,
     Parts,
-    channel_axes,
     channel_shape,
     num_channels,
+    per_channel,
     require,
     require_names,
     require_scale,
@@ -47,9 +47,9 @@ class Int8:
 
     def encode(self, x: Floats, generator: np.random.Generator) -> dict[str, Array]:
         """VALUES uint8 (d, F...), "scale" float32 (channels,), "zero" uint8 (channels,)."""
-        axes, spread = channel_axes(x.shape), channel_shape(x.shape)
-        lo = np.min(x, axis=axes, initial=0.0).astype(np.float64)  # (channels,) or (); NaN where there is one
-        hi = np.max(x, axis=axes, initial=0.0).astype(np.float64)
+        spread = channel_shape(x.shape)
+        lo = per_channel(np.min, x).astype(np.float64)  # (channels,) or (); NaN where there is one
+        hi = per_channel(np.max, x).astype(np.float64)
         is_finite = np.isfinite(lo) & np.isfinite(hi)
         lo, hi = np.where(is_finite, np.maximum(lo, -LARGEST), 0.0), np.where(is_finite, np.minimum(hi, LARGEST), 0.0)
         is_zero = hi - lo < SMALLEST_RANGE
@@ -58,9 +58,15 @@ class Int8:
         with np.errstate(invalid="ignore", over="ignore"):
             steps = x / scale.reshape(spread)  # (d, F...)
             below = np.floor(steps)
-            below += generator.random(x.shape, dtype=np.float32) < steps - below
-            below += zero.astype(np.float32).reshape(spread)
-            codes = np.nan_to_num(np.clip(below, 0, NUM_STEPS), copy=False).astype(np.uint8)
+            steps -= below  # (d, F...) how far above
+            is_up = np.empty_like(x, bool)  # in the memory order of x, which the drawn numbers need not have
+            below += np.less(generator.random(x.shape, dtype=np.float32), steps, out=is_up)
+            if zero.any():  # never after a ReLU
+                below += zero.astype(np.float32).reshape(spread)
+            np.clip(below, 0, NUM_STEPS, out=below)
+        if not is_finite.all():
+            np.nan_to_num(below, copy=False)
+        codes = below.astype(np.uint8)
         scale = np.where(is_zero, np.float32(0), scale)
         scale = np.where(is_finite, scale, np.float32(np.inf))
         return {VALUES: codes, "scale": scale.reshape(-1), "zero": zero.astype(np.uint8).reshape(-1)}
