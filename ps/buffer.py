@@ -32,16 +32,16 @@ def room_of(shape: tuple[int, ...]) -> int:
 
 
 class MergeBuffer:
-    """Float32 numbers in main memory. Nobody holds a place for longer than its step, nor is one ever sent."""
+    """Float32 numbers in main memory. Nobody reads a place after its step, and no worker is sent one."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32)
 
     def reserve(self, num_numbers: int) -> None:
         """Grows to so many, if there are fewer; nothing of what is in it is kept then."""
         if self._memory.numel() < num_numbers:
-            self._memory = torch.empty(0)  # the old one goes first
-            self._memory = torch.empty(num_numbers)
+            self._memory = torch.empty(0, dtype=torch.float32)  # the old one goes first
+            self._memory = torch.empty(num_numbers, dtype=torch.float32)
 
     def place(self, begin: int, shape: tuple[int, ...], channels_last: bool) -> Tensor:
         """(d_i, F...) from this number on, a multiple of ALIGNMENT; channels_last: of (n, c, h, w)."""

@@ -12,6 +12,7 @@ from mergesfl.control.fleet import FleetView, WorkerView
 from mergesfl.errors import RemoteProtocolError
 from mergesfl.protocol.messages import Register
 from mergesfl.protocol.session import Session
+from mergesfl.training.state_mean import MAX_WEIGHT
 
 
 @dataclass
@@ -97,6 +98,11 @@ class Fleet:
         if sum(counts) != message.num_samples:
             raise RemoteProtocolError(
                 f"worker '{message.worker_id}' holds {message.num_samples} samples but counts {sum(counts)} labels"
+            )
+        if message.num_samples > MAX_WEIGHT:
+            raise RemoteProtocolError(
+                f"worker '{message.worker_id}' holds {message.num_samples} samples, the limit is {MAX_WEIGHT}: give it "
+                "a smaller share of the data"
             )
         self._check_room(message.worker_id)
         member = Member(message.worker_id, peer, session, message.device, message.num_samples, counts)

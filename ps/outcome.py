@@ -126,7 +126,8 @@ def teach_missed(fleet: Fleet, plan: RoundPlan, missed_deadline: Sequence[str], 
 def observed_seconds(plan: RoundPlan, exchange: RoundExchange, updates: dict[str, Arrival]) -> dict[str, WorkerSeconds]:
     """Compute and transfer seconds of the workers that finished.
 
-    A federated worker exchanges nothing; its transfer is what the round trip took beyond its own computing.
+    A federated worker exchanges nothing; its transfer is what the round trip took beyond its own computing. Of states
+    that come at once the later ones' holds the time, too, in which the server adds up those before.
     """
     result = {}
     for name, arrival in updates.items():

@@ -11,7 +11,7 @@ other. The next step has the other half of the buffer, for the rows of the open 
 
 A worker has cluster.step_deadline_seconds from its own last answer on, however long the others take. Features that
 arrive while the server computes are read when it has finished, and count as held from then on: the worker sees the
-rest, the computing for one group at most, as transfer.
+rest, the computing for one group at most or the adding up of states, as transfer.
 
 However many workers there are, a message costs the same: of those that the step waits for, who is due first stands
 first, because all have the same deadline and whoever is answered goes to the end.

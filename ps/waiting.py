@@ -44,7 +44,7 @@ def wait_for_answers(
     Args:
         switchboard: all sessions.
         clock: measures the deadline.
-        deadline_seconds: from now on.
+        deadline_seconds: from now on, without the time that `take` takes: what waits meanwhile is not late.
         missing: who has not answered yet and is not gone; asked before every look.
         take: what to do with a message; of anybody, also of those that nobody waits for.
         probing: when to probe, if this wait goes on with an earlier one; None: it begins now.
@@ -62,4 +62,6 @@ def wait_for_answers(
         if now_seconds >= end_seconds and switchboard.num_messages == num_messages:
             return  # nothing more had arrived in time
         if got is not None:
+            begin_seconds = clock.now_seconds()
             take(*got)
+            end_seconds += clock.now_seconds() - begin_seconds

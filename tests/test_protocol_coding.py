@@ -6,6 +6,7 @@ Legend: d = 2 samples, F... = (3, 4), W (2, 3) a tensor of a state.
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,10 @@ STRANGE: dict[str, tuple[Callable[[Update], Update], str]] = {
         lambda sent: planted(sent, parts=lambda p: p | {"conv.weight:values": np.zeros((2, 2, 3), np.uint8)}),
         r"uint8\(2, 2, 3\), expected uint8\(1, 2, 3\)",
     ),
+    "no sample, of gigabytes": (
+        lambda sent: planted(sent, parts=lambda p: p | {"conv.weight:values": np.zeros((0, 1 << 30, 3), np.uint8)}),
+        r"uint8\(0, 1073741824, 3\), expected uint8\(1, 1073741824, 3\)",
+    ),
     "a vector": (
         lambda sent: planted(sent, parts=lambda p: p | {"x:values": np.zeros((1, 3), np.uint8)}),
         "parts of 'x'",
@@ -170,8 +175,13 @@ STRANGE: dict[str, tuple[Callable[[Update], Update], str]] = {
 def test_a_state_that_is_not_of_the_codec_is_refused(case: str) -> None:
     plant, words = STRANGE[case]
     run = codecs()
+    sent = plant(update(run))
+    tracemalloc.start()
     with pytest.raises(RemoteProtocolError, match=words):
-        run.decode_update(plant(update(run)))
+        run.decode_update(sent)
+    num_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_bytes < 1 << 20
 
 
 def test_parts_are_refused_where_there_is_no_codec() -> None:

@@ -53,6 +53,10 @@ def test_label_counts_have_one_entry_per_class_of_the_run(sent: tuple[int, ...],
         ({"class_names": ("0", "1")}, "counts 3 labels under 2 names, 2 of them distinct"),
         ({"class_names": ("0", "1", "1")}, "counts 3 labels under 3 names, 2 of them distinct"),
         ({"num_samples": 4}, "holds 4 samples but counts 3 labels"),
+        (
+            {"label_counts": (1 << 29, 1, 1), "num_samples": (1 << 29) + 2},
+            "holds 536870914 samples, the limit is 536870912: give it a smaller share of the data",
+        ),
     ],
 )
 def test_a_worker_that_does_not_fit_is_not_admitted(changes: dict[str, Any], expected: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from mergesfl.errors import ConfigError, MergeSFLError, QuorumError
+from mergesfl.methods.base import WorkerUpdate
+from mergesfl.methods.fedavg import FedAvgProgram
 from mergesfl.methods.split_program import SplitProgram
 from mergesfl.protocol.messages import (
     Assign,
@@ -210,19 +212,51 @@ def test_no_trained_state_is_kept_until_the_last_is_in(
         worker.script = lambda worker, answer, seconds=float(delay_seconds): (
             late(seconds)(worker, answer) if isinstance(answer, Update) else answer
         )
-    states: list[list[weakref.ref[Any]]] = []
+    arrays: list[weakref.ref[Any]] = []
+    storages: list[weakref.ref[Any]] = []
     numbers_alive: list[int] = []
 
     def read_and_count(name: str, message: Update, *others: Any) -> Update:
         update = read_update(name, message, *others)
-        numbers_alive.append(sum(any(reference() is not None for reference in state) for state in states))
-        states.append([weakref.ref(array) for array in update.state.values()])
+        numbers_alive.append(sum(reference() is not None for reference in arrays + storages))
+        arrays.extend(weakref.ref(array) for array in update.state.values())
         return update
 
+    def watched(take: Callable[[Any, WorkerUpdate], None]) -> Callable[[Any, WorkerUpdate], None]:
+        def take_and_watch(program: Any, update: WorkerUpdate) -> None:
+            storages.extend(weakref.ref(tensor.untyped_storage()) for tensor in update.state.values())
+            take(program, update)
+
+        return take_and_watch
+
     monkeypatch.setattr("ps.exchange.read_update", read_and_count)
+    for program in (SplitProgram, FedAvgProgram):
+        monkeypatch.setattr(program, "take", watched(program.take))
     cluster.run()
     assert [line["finished_worker_ids"] for line in journal_of(config)] == [names] * 2
-    assert numbers_alive == [0] * 24
+    assert numbers_alive == [0] * 24 and len(storages) == len(arrays) > 24
+
+
+def test_what_the_server_does_with_an_update_does_not_make_the_next_one_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tau = 2 and 5 s per step, all updates are sent after 9.9 s, adding one up takes 2 s: the third is read at 13.9."""
+    config = small_config(
+        tmp_path, ALL, "method.name=fedavg", "cluster.step_deadline_seconds=5.0", "training.num_rounds=1"
+    )
+    cluster = ScriptedCluster(config)
+    for worker in cluster.workers:
+        worker.script = at(0, None, late(9.9))
+    take = FedAvgProgram.take
+
+    def take_slowly(program: FedAvgProgram, update: WorkerUpdate) -> None:
+        take(program, update)
+        cluster.clock.sleep(2.0)
+
+    monkeypatch.setattr(FedAvgProgram, "take", take_slowly)
+    cluster.run()
+    (line,) = journal_of(config)
+    assert line["dropped"] == [] and line["finished_worker_ids"] == [*NAMES]
 
 
 def test_a_worker_that_vanished_between_two_rounds_is_not_planned_for(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class ServerProgram(Protocol):
     def take(self, update: WorkerUpdate) -> None:
         """Takes in what a worker of the open round brings back: of each once, in any order, with the same result.
 
-        Its state is not kept: there may be as many workers as there are, and memory for a few states.
+        Its state is not kept: memory holds a few states, however many workers there are.
         """
         ...
 

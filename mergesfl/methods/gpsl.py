@@ -7,7 +7,7 @@ Kohankhaki, Ayad, Barhoush, Schmeink. "Parallel Split Learning with Global Sampl
         z_i  = bottom_i(x_i)           d_i samples, drawn by the worker without replacement
         one step of the top on the mean loss over all B samples                                 MergedTop.step()
         w_i <- w_i - eta * J_i^T g_i
-    w        = sum_i d_i / B * w_i                                                              close()
+    w        = sum_i d_i / B * w_i                                                      take(), close()
 
 Without replacement, so the merged batch is distributed like one of central training, however the labels lie on the
 workers; batches do not grow with their number [paper]. All N workers are in the pool: participants_per_round serves

@@ -10,7 +10,7 @@ Convergence, and Latency in Split Learning." WWW 2022. https://doi.org/10.1145/3
         M_i    = mean cross-entropy(top((z_i + z_j) / 2), (y_i + y_j) / 2), j another worker    MixedTop.step()
         top   <- one step on sum_i p_i L_i + sum_i q_i M_i
         bottom_i  <- step with dL_i/dz_i + dR_i/dz_i;  decoder_i <- step with dR_i              work()
-    at the end of a round:  bottom, decoder = sum_i n_i / n * those of worker i                 close()
+    at the end of a round:  bottom, decoder = sum_i n_i / n * those of worker i         take(), close()
 
 What is uncertain: the paper's text was not at hand. From its abstract and from re-implementations: the two losses of
 the server are one weighted sum and one step, M_i trains the top alone and never reaches a worker, bottoms and decoders

@@ -12,7 +12,7 @@ One round h, with the paper's symbols beside our names:
         L    = mean cross-entropy(top(z), y) over all D, one step of the top
         g_i  = (D / d_i) * dL/dz_i    back to worker i                            [code]
         w_i <- w_i - eta * J_i^T g_i  on every worker i
-    w        = sum_i d_i / D * w_i                           close()              (Eq. 17)
+    w        = sum_i d_i / D * w_i                           take(), close()      (Eq. 17)
 
 What is uncertain: how the bottoms' rate follows d_i (a switch, equal by default), and in Algorithm 1 the genetic search
 and the solver of Eq. 14, which are not published: see mergesfl/control, and its searches and limits marked [ours].

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2308.11953
         z_i  = bottom_i(x_i)           on every worker i in S
         one step of the top on the mean loss over all D samples                  MergedTop.step()
         w_i <- w_i - eta * J_i^T g_i   g_i the gradient of its own mean loss
-    w        = sum_i d_i / D * w_i     bottoms as in federated learning          close()
+    w        = sum_i d_i / D * w_i     bottoms as in federated learning          take(), close()
 
 The top is trained as by minibatch SGD: it never drifts, whatever the workers' labels are; the bottoms still do [paper].
 The weights are d_i, equal unless a worker has fewer samples than a batch [ours]: the merged step gives every sample the

@@ -7,7 +7,7 @@ MobiCom 2022. https://doi.org/10.1145/3495243.3517017, code: https://github.com/
     S    = by U_i * (T_pref / T_i)^2, and unknown workers to explore   mergesfl.control.utility            plan()
     w_i  = tau steps of SGD on the whole network                                                           work()
     each parameter tensor of a slow worker stays away with probability p_i                                 work()
-    w    = per tensor: sum_i n_i w_i / sum_i n_i over those that sent it                                   close()
+    w    = per tensor: sum_i n_i w_i / sum_i n_i over those that sent it                           take(), close()
 
 T_i = tau * d * (mu_i + beta_i), with the smoothed observations of Eq. 5 and 6; before any speed is known all count as
 equally fast. Everything that plan() reads of the past is in the state: a void round is undone, a run resumed.

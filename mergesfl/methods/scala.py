@@ -11,7 +11,7 @@ P_i (C,) label distribution of worker i's data, P = sum_i n_i P_i / n that of th
         L    = mean over B of cross-entropy(f + ln P, y):    one step of the top
         L_i  = mean over d_i of cross-entropy(f + ln P_i, y): dL_i/dz_i goes to worker i, the top is not touched
         w_i <- w_i - eta * J_i^T dL_i/dz_i
-    w        = sum_i n_i / n * w_i                                                  close()
+    w        = sum_i n_i / n * w_i                                          take(), close()
 
 ln P makes up for who happens to take part, ln P_i for the labels of one worker: the rare is not forgotten [paper].
 Evaluation uses f alone.

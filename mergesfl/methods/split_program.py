@@ -113,6 +113,7 @@ class SplitProgram:
         self._bottom = copy_state(network.bottom.state_dict())
         self._plan: RoundPlan | None = None
         self._average: StateMean
+        self._places: dict[str, int] = {}  # worker_id -> place in the plan
         self._finished: set[str] = set()  # workers whose update was taken in
         self._num_samples: dict[str, int] = {}
         self._losses_nats: list[float] = []
@@ -138,6 +139,7 @@ class SplitProgram:
     def open(self, plan: RoundPlan, fleet: FleetView) -> None:
         """Starts the round: the top's learning rate follows the schedule."""
         self._plan = plan
+        self._places = {name: place for place, name in enumerate(plan.worker_ids)}
         self._average, self._finished = StateMean(self.global_state()), set()
         self._num_samples = {worker.worker_id: worker.num_samples for worker in fleet.workers}
         self._losses_nats = []
@@ -187,15 +189,14 @@ class SplitProgram:
 
     def take(self, update: WorkerUpdate) -> None:
         """Adds this worker's bottom to the average."""
-        place = self._current_plan().worker_ids.index(update.worker_id)
-        self._average.add(update.state, self.weight_of(update.worker_id), place)
-        self._finished.add(update.worker_id)
+        name = update.worker_id
+        self._average.add(update.state, self.weight_of(name), self._places[name])
+        self._finished.add(name)
 
     def close(self) -> float | None:
         """Averages the bottoms of those who finished (Eq. 17) and ends the round of the top."""
         self.adopt(self._average.close())
-        finished_ids = [name for name in self._current_plan().worker_ids if name in self._finished]
-        self._trainer.close({name: float(self.weight_of(name)) for name in finished_ids})
+        self._trainer.close({name: float(self.weight_of(name)) for name in self._places if name in self._finished})
         return sum(self._losses_nats) / len(self._losses_nats) if self._losses_nats else None
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -149,7 +149,10 @@ class RunCodecs:
             values = group.pop(VALUES, None)
             if values is None or values.ndim < 3 or name in state or isinstance(self._weights, Fp32):
                 raise _strange(f"a state with parts of '{name}'", self._weights, f"parts {sorted(group)}")
-            whole[name] = _decoded(f"'{name}'", self._weights, values, group, (1, *values.shape[1:]))[0]
+            if len(values) != 1:  # an empty array may claim any shape, and memory is taken before its parts are read
+                found = f"{values.dtype}{values.shape}, expected {values.dtype}{(1, *values.shape[1:])}"
+                raise _strange(f"'{name}'", self._weights, found)
+            whole[name] = _decoded(f"'{name}'", self._weights, values, group, values.shape)[0]
         for name, array in state.items():
             if self._carries(array):
                 raise _strange(f"'{name}'", self._weights, f"{array.dtype}{array.shape} as it is")

@@ -10,9 +10,10 @@ does not grow with the number of workers; how they are summed is [ours]:
 
 So the mean is that of the exact sum, and it has the same bits in whatever order the states came: a round is the same
 over every transport, and no state has to wait for those before it in the plan. lo is itself exact while the w_i of an
-element that are not 0 lie within a factor of 2**34 of each other (of 1,000 workers); beyond, it errs by 2**-86 of the
-sum, and an order could only show where the sum is that close to the border between two float64. Of float64 states p_i
-is rounded, too: the mean is as accurate, and the same holds for its order. One state comes back to the bit.
+element that are not 0 lie within a factor of 2**34 of each other (of 1,000 workers); beyond, it errs by 2**-86 of
+sum_i |p_i|, and an order can show where that is of the size of what float64 rounds. Of float64 states p_i is rounded,
+too, and has to stay below 2**1023: the mean is as accurate, and the same holds for its order. One state comes back to
+the bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from mergesfl.errors import RemoteProtocolError
 
-MAX_WEIGHT = 1 << 29  # from here on d_i * w_i need not be exact
+MAX_WEIGHT = 1 << 29  # above, d_i * w_i need not be exact
 CHUNK_ELEMENTS = 1 << 15  # per thread of torch: it gives no thread fewer, and five such arrays fit into a cache
 
 
