@@ -240,7 +240,7 @@ def test_no_trained_state_is_kept_until_the_last_is_in(
 def test_what_the_server_does_with_an_update_does_not_make_the_next_one_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tau = 2 and 5 s per step, all updates are sent after 9.9 s, adding one up takes 2 s: the third is read at 13.9."""
+    """tau = 2, 5 s per step: all updates are sent after 9.9 s, adding one up takes 2 s: the third is read at 13.9"""
     config = small_config(
         tmp_path, ALL, "method.name=fedavg", "cluster.step_deadline_seconds=5.0", "training.num_rounds=1"
     )
