@@ -271,13 +271,7 @@ class RoundExchange:
     def _arrival(self, name: str, message: Features | Update, received_seconds: float) -> Arrival:
         """The message, decoded and checked. Raises RemoteProtocolError, NotFiniteError."""
         if isinstance(message, Update):
-            num_samples = self._batch_sizes[name] * self._plan.num_steps
-            assigned, may_omit = self._assigned[name], name in self._may_omit
-            update = read_update(name, message, num_samples, assigned, may_omit, self._codecs)
-            self._take(name, update)
-            self._finished[name] = Arrival(replace(update, state={}), received_seconds)
-            del self._active[name]
-            return self._finished[name]
+            return self._finish(name, message, received_seconds)
         num_samples = self._part_sizes[name][message.part]  # the session has seen to it that there is such a part
         shape = (num_samples, *self._feature_shape)
         channels_last = message.features.shape == shape and is_channels_last(message.features)
@@ -286,6 +280,16 @@ class RoundExchange:
         magnitude = read_features(name, message, place.numpy(), self._num_classes, self._codecs)
         labels = torch.from_numpy(message.labels.copy())
         return Arrival(StepFeatures(name, place, labels, message.part), received_seconds, magnitude)
+
+    def _finish(self, name: str, message: Update, received_seconds: float) -> Arrival:
+        """Hands on the trained state, decoded and checked; from then on its worker has finished. Raises the same."""
+        num_samples = self._batch_sizes[name] * self._plan.num_steps
+        assigned, may_omit = self._assigned[name], name in self._may_omit
+        update = read_update(name, message, num_samples, assigned, may_omit, self._codecs)
+        self._take(name, update)
+        self._finished[name] = Arrival(replace(update, state={}), received_seconds)
+        del self._active[name]
+        return self._finished[name]
 
     def _give_up(self, member: Member, reason: str) -> None:
         """A worker whose arithmetic broke down is out of this round; in the next it starts from the global model."""

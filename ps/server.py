@@ -25,7 +25,7 @@ from mergesfl.errors import QuorumError, TransportError
 from mergesfl.methods.base import ServerProgram, StreamingProgram, WorkerUpdate
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Update
-from mergesfl.runtime.arrays import borrowed_tensor
+from mergesfl.runtime.arrays import borrowed_state
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.journal import DroppedWorker
 from mergesfl.seeding import generator_for
@@ -45,8 +45,6 @@ from ps.streaming import StreamingExchange
 from ps.survey import FleetSurvey
 from ps.switchboard import InterruptedRunError, Switchboard
 from ps.void import InfiniteRoundError, VoidRoundError
-
-CPU = torch.device("cpu")
 
 log = logging.getLogger("ps")
 
@@ -267,7 +265,7 @@ class Server:
 
     def _take(self, name: str, update: Update) -> None:
         """Hands a trained state on. Raises RemoteProtocolError like the program."""
-        state = {key: borrowed_tensor(array, CPU) for key, array in update.state.items()}
+        state = borrowed_state(update.state)
         self._program.take(WorkerUpdate(name, state, update.num_samples, update.metrics))
 
     def _merge(self, plan: RoundPlan, exchange: RoundExchange) -> int:

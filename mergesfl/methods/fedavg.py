@@ -102,7 +102,7 @@ class FedAvgProgram:
     def close(self) -> float | None:
         """Data-weighted mean of the models; the loss is the mean over the samples trained."""
         self._adopt(self._average.close())
-        return mean_loss_nats([self._told[name] for name in self._places if name in self._told])
+        return mean_loss_nats(self._told_in_plan_order())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The global model."""
@@ -111,6 +111,9 @@ class FedAvgProgram:
     def load_state_dict(self, state: State) -> None:
         """Takes a global model."""
         self._adopt(state)
+
+    def _told_in_plan_order(self) -> list[WorkerUpdate]:
+        return [self._told[name] for name in self._places if name in self._told]
 
     def _adopt(self, state: State) -> None:
         self._network.load_joined_state_dict(state)

@@ -99,13 +99,13 @@ class LocFedMixProgram(UniformSplitProgram):
 
     def __init__(self, network: SplitModel, settings: MethodSettings, device: torch.device) -> None:
         super().__init__(network, settings, device, MixedTop(network.top))
-        self._decoder = initial_decoder(
+        decoder = initial_decoder(
             network.feature_shape(settings.sample_shape),
             settings.sample_shape,
             next(network.parameters()).dtype,
             generator_for(settings.seed, "decoder"),
         )
-        self._sent = {**self._bottom, **self._decoder}
+        self._sent = {**self._bottom, **decoder}
 
     def global_state(self) -> State:
         """The bottom and the decoder: both are averaged with the same weights."""
@@ -113,24 +113,23 @@ class LocFedMixProgram(UniformSplitProgram):
 
     def adopt(self, state: dict[str, Tensor]) -> None:
         """Takes both."""
-        self._decoder, self._sent = _decoder_of(state), state
+        self._sent = state
         super().adopt(_bottom_of(state))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The joined network and the decoder."""
-        return {**super().state_dict(), **copy_state(self._decoder)}
+        return {**super().state_dict(), **copy_state(_decoder_of(self._sent))}
 
     def load_state_dict(self, state: State) -> None:
         """Takes both back. Raises CheckpointError for a state of another method, which has no decoder."""
-        decoder = _decoder_of(state)
-        if decoder.keys() != self._decoder.keys():
+        decoder, own = _decoder_of(state), _decoder_of(self._sent)
+        if decoder.keys() != own.keys():
             raise CheckpointError(
-                f"the state holds {sorted(decoder)} of the decoder, expected {sorted(self._decoder)}: "
+                f"the state holds {sorted(decoder)} of the decoder, expected {sorted(own)}: "
                 "load a state of method locfedmix-sl"
             )
         super().load_state_dict(_bottom_of(state))
-        self._decoder = copy_state(decoder)
-        self._sent = {**self._bottom, **self._decoder}
+        self._sent = {**self._bottom, **copy_state(decoder)}
 
 
 def _decoder_of(state: State) -> dict[str, Tensor]:

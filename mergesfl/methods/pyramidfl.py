@@ -124,11 +124,11 @@ class PyramidFLProgram(FedAvgProgram):
 
     def close(self) -> float | None:
         """Averages what was sent and takes the new utilities in."""
-        for name, update in sorted(self._told.items(), key=lambda item: self._places[item[0]]):
+        for update in self._told_in_plan_order():
             squared_nats2 = update.metrics.get(SQUARED_LOSS)  # one that is not finite is not sent: the old one stays
             if squared_nats2 is not None:
-                utility = math.sqrt(max(squared_nats2, 0.0)) * self._num_trained[name]
-                self._utilities[name] = (utility, self._round_num)
+                utility = math.sqrt(max(squared_nats2, 0.0)) * self._num_trained[update.worker_id]
+                self._utilities[update.worker_id] = (utility, self._round_num)
         return super().close()
 
     def state_dict(self) -> dict[str, Tensor]:

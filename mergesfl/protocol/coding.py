@@ -74,10 +74,7 @@ class RunCodecs:
 
     def decode_features(self, message: Features, out: Floats) -> None:
         """Writes its float32 features (d, F...), of the shape of `out`, to it. Raises RemoteProtocolError."""
-        if _is_plain(self._features, message.features, message.parts, out.shape):
-            np.copyto(out, message.features)
-        else:
-            _decode("features", self._features, message.features, message.parts, out)
+        _decode("features", self._features, message.features, message.parts, out)
 
     def encode_gradient(
         self, gradient: Array, worker_id: str, round_num: int, step: int, part: int = 0

@@ -72,6 +72,12 @@ def state_to_arrays(state: Mapping[str, Tensor]) -> dict[str, Array]:
     return {name: to_array(tensor) for name, tensor in state.items()}
 
 
+def borrowed_state(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    """`borrowed_tensor` of every entry, in main memory."""
+    cpu = torch.device("cpu")
+    return {name: borrowed_tensor(array, cpu) for name, array in arrays.items()}
+
+
 def arrays_to_state(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
     """`to_tensor` of every entry, in main memory."""
     cpu = torch.device("cpu")

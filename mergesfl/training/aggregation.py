@@ -69,9 +69,13 @@ def _check_like(first: Mapping[str, Tensor], state: Mapping[str, Tensor], index:
         if key not in first or key not in state:
             odd = f"lacks '{key}'" if key in first else f"has the unknown tensor '{key}'"
             raise RemoteProtocolError(f"state {index} {odd}, expected the names of state 0: drop this worker's update")
-        ours, theirs = first[key], state[key]
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise RemoteProtocolError(
-                f"state {index} has '{key}' as {tuple(theirs.shape)} {theirs.dtype}, "
-                f"expected {tuple(ours.shape)} {ours.dtype}: drop this worker's update"
-            )
+        require_like(f"state {index}", key, state[key], first[key])
+
+
+def require_like(whose: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises RemoteProtocolError unless this tensor of a state has the shape and dtype of the other."""
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise RemoteProtocolError(
+            f"{whose} has '{name}' as {tuple(tensor.shape)} {tensor.dtype}, "
+            f"expected {tuple(like.shape)} {like.dtype}: drop this worker's update"
+        )

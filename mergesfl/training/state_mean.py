@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mergesfl.errors import RemoteProtocolError
+from mergesfl.training.aggregation import require_like
 
 MAX_WEIGHT = 1 << 29  # above, d_i * w_i need not be exact
 CHUNK_ELEMENTS = 1 << 15  # per thread of torch: it gives no thread fewer, and five such arrays fit into a cache
@@ -94,11 +95,7 @@ class StateMean:
             raise RemoteProtocolError(
                 f"the state with place {place} has the unknown tensor '{name}': drop this worker's update"
             )
-        if tensor.shape != ours.shape or tensor.dtype != ours.dtype:
-            raise RemoteProtocolError(
-                f"the state with place {place} has '{name}' as {tuple(tensor.shape)} {tensor.dtype}, expected "
-                f"{tuple(ours.shape)} {ours.dtype}: drop this worker's update"
-            )
+        require_like(f"the state with place {place}", name, tensor, ours)
 
     def _add(self, name: str, tensor: Tensor, weight: int) -> None:
         values = _flat(tensor, self._previous[name])  # (n,)
