@@ -78,7 +78,7 @@ def start_worker(config: RunConfig, address: str, folder: Path, index: int, thre
     profiles = profile_names(config)
     if profiles:
         command += ["--profile", profiles[index], "--emulation-seed", str(config.seed)]
-    command += ["--exit-with-parent"]
+    command += ["--exit-with-parent", "--no-sender-thread"]  # the cores are shared by all of them and the server
     logs = folder / "workers"
     logs.mkdir(exist_ok=True)
     with (logs / f"{worker_name(index)}.log").open("ab") as output:

@@ -17,6 +17,7 @@ from workers.exchange import TimedExchange
 from workers.link import Link, SessionLostError
 from workers.pace import DeclaredPace, MeasuredPace, Pace, Stretch
 from workers.prefetch import Prefetched
+from workers.sender import Sender
 
 CPU = torch.device("cpu")
 Z = torch.arange(8.0).reshape(4, 2)  # (4, 2)
@@ -44,6 +45,15 @@ class FakeLink:
         return self._answer or Gradient(asked.round_num, asked.step, self._held_seconds, self._gradient.numpy())
 
 
+def exchange_over(
+    link: FakeLink | PipedLink, clock: HandClock, pace: Pace, prepare: Callable[[], None] = lambda: None
+) -> TimedExchange:
+    """Of round 100, 4 samples a step, sent by the computing thread as they are."""
+    pretended = cast(Link, link)
+    sender = Sender(pretended, PLAIN, "w", has_thread=False)
+    return TimedExchange(pretended, 100, 4, clock, pace, CPU, PLAIN, sender, prepare)
+
+
 class Bench:
     """An exchange over a fake link, ready to be timed."""
 
@@ -58,7 +68,7 @@ class Bench:
         self.clock = HandClock()
         self.link = FakeLink(self.clock, held_seconds, gradient, answer)
         pace = pace or MeasuredPace(self.clock, slowdown)
-        self.exchange = TimedExchange(cast(Link, self.link), 100, 4, self.clock, pace, CPU, PLAIN, "w")
+        self.exchange = exchange_over(self.link, self.clock, pace)
 
 
 def test_compute_is_all_but_the_exchanges_and_transfer_is_exchange_less_held() -> None:
@@ -191,8 +201,7 @@ def test_the_next_batch_is_drawn_when_the_features_are_out_and_before_the_answer
         told.append((len(bench.link.sent), bench.clock.seconds))
         bench.clock.seconds += 0.25
 
-    clock, link = bench.clock, cast(Link, bench.link)
-    exchange = TimedExchange(link, 100, 4, clock, MeasuredPace(clock, 1.0), CPU, PLAIN, "w", prepare)
+    exchange = exchange_over(bench.link, bench.clock, MeasuredPace(bench.clock, 1.0), prepare)
     exchange(0, Z, Y)()
     exchange(1, Z, Y)()
     assert told == [(1, 0.5), (2, 0.5 + 0.25 + 2.0 + 0.5)]  # sending takes 0.5 s, the answer 2 s
@@ -245,9 +254,7 @@ def test_a_step_in_two_parts_computes_while_the_first_is_out() -> None:
     measured = MeasuredPace(clock)
     for one in (pace, measured):
         clock.seconds, link.sent, link._num_answered = 0.0, [], 0
-        exchange = TimedExchange(
-            cast(Link, link), 100, 4, clock, one, CPU, PLAIN, "w", lambda: told.append(len(link.sent))
-        )
+        exchange = exchange_over(link, clock, one, lambda: told.append(len(link.sent)))
         clock.seconds += 3.0
         first = exchange(0, Z[:3], Y[:3])
         clock.seconds += 1.0
@@ -272,7 +279,7 @@ def test_a_step_in_two_parts_computes_while_the_first_is_out() -> None:
 def test_the_parts_of_the_next_step_are_counted_anew_and_its_first_forward_follows_the_last_backward() -> None:
     clock, pace = HandClock(), NotingPace()
     link = PipedLink(clock)
-    exchange = TimedExchange(cast(Link, link), 100, 4, clock, pace, CPU, PLAIN, "w")
+    exchange = exchange_over(link, clock, pace)
     for step in range(2):
         waits = [exchange(step, Z[:2], Y[:2]), exchange(step, Z[2:], Y[2:])]
         for wait in waits:

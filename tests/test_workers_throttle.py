@@ -27,6 +27,7 @@ from workers.__main__ import make_pace, throttled
 from workers.exchange import TimedExchange
 from workers.link import Link, RoundReleasedError, RunFinishedError
 from workers.pace import EmulatedPace, Stretch
+from workers.sender import Sender
 from workers.throttle import MAX_QUEUED_MESSAGES, RETRY_SECONDS, EmulatedLink, ThrottledEndpoint
 
 HALF_SECOND: list[bytes] = [b"head", bytes(499_996)]  # 500,000 bytes
@@ -457,7 +458,8 @@ def timed_round(num_parts: int, held_seconds: float = 0.0) -> tuple[float, Timed
     link = working(bench, num_parts)
     pace = EmulatedPace(bench.device, bench.link)  # 1e8 FLOP/s
     pace.begin_round(0, lambda: WorkFlops(forward_flops_per_sample=2e7, backward_flops_per_sample=3e7))
-    exchange = TimedExchange(link, 0, num_parts, bench.clock, pace, torch.device("cpu"), PLAIN, "a")
+    sender = Sender(link, PLAIN, "a", has_thread=False)
+    exchange = TimedExchange(link, 0, num_parts, bench.clock, pace, torch.device("cpu"), PLAIN, sender)
 
     def answer(frames: Frames) -> None:
         asked = decode([memoryview(frame) for frame in frames])

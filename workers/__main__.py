@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from mergesfl.data.request import IMAGE_SIZE_PIXELS
 from mergesfl.errors import ConfigError
 from mergesfl.runtime.clock import Clock, WallClock
-from mergesfl.runtime.devices import resolve_device, set_threads
+from mergesfl.runtime.devices import resolve_device, set_threads, usable_cores
 from mergesfl.runtime.emulation import EmulatedDevice
 from mergesfl.runtime.process import StopFlag, keep_freed_memory, run_and_exit, set_up_logging
 from mergesfl.runtime.profiles import load_profile
@@ -53,6 +54,18 @@ def make_pace(
     return DeclaredPace(compute_seconds_per_sample, transfer_seconds_per_sample)
 
 
+def has_sender_thread(wanted: bool | None, device: torch.device, is_slowed: bool) -> bool:
+    """Whether this worker encodes features beside its computing; None: if that leaves a core free, as a GPU does.
+
+    Raises ConfigError for a worker that behaves like a slower device, whose encoding would not be slowed.
+    """
+    if wanted and is_slowed:
+        raise ConfigError("a worker with --slowdown or --profile encodes where it computes: leave out --sender-thread")
+    if wanted is None:
+        return not is_slowed and (device.type == "cuda" or torch.get_num_threads() < usable_cores())
+    return wanted
+
+
 def throttled(
     connect: Callable[[], WorkerEndpoint], clock: Clock, device: EmulatedDevice | None
 ) -> tuple[Callable[[], WorkerEndpoint], Clock]:
@@ -76,6 +89,13 @@ def worker(
     ] = IMAGE_SIZE_PIXELS,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     threads: Annotated[int | None, typer.Option(help="torch threads; default: all cores")] = None,
+    sender_thread: Annotated[
+        bool | None,
+        typer.Option(
+            "--sender-thread/--no-sender-thread",
+            help="encode and send features beside computing; default: on a GPU, or when --threads leaves a core free",
+        ),
+    ] = None,
     once: Annotated[bool, typer.Option(help="end after one run instead of waiting for the next")] = False,
     slowdown: Annotated[float, typer.Option(help="compute this many times slower, to try heterogeneity")] = 1.0,
     declared_compute_seconds_per_sample: Annotated[
@@ -108,8 +128,10 @@ def worker(
             pace_clock, slowdown, declared_compute_seconds_per_sample, declared_transfer_seconds_per_sample, emulated
         )
         set_threads(threads)
+        computes_on, is_slowed = resolve_device(device), slowdown != 1 or emulated is not None
         data = load_local_data(dataset, partition, index, image_size_pixels)
-        Daemon(DaemonSettings(name, once), opener, data, resolve_device(device), clock, pace, stop.is_set).run()
+        settings = DaemonSettings(name, once, has_sender_thread(sender_thread, computes_on, is_slowed))
+        Daemon(settings, opener, data, computes_on, clock, pace, stop.is_set).run()
 
     run_and_exit(command)
 

@@ -33,6 +33,7 @@ from workers.local_data import LocalData
 from workers.models import ModelSource, OwnModel, WorkFailedError
 from workers.pace import Pace
 from workers.prefetch import Prefetched
+from workers.sender import Sender
 from workers.survey import SelfSurvey
 
 RETRY_SECONDS = 1.0  # between the end of a session and the next registration
@@ -40,10 +41,17 @@ RETRY_SECONDS = 1.0  # between the end of a session and the next registration
 
 @dataclass(frozen=True)
 class DaemonSettings:
-    """Who this worker is and how it behaves; `once`: end after the first run instead of waiting for the next."""
+    """Who this worker is and how it behaves.
+
+    Attributes:
+        once: end after the first run instead of waiting for the next.
+        sender_thread: encode and send beside computing; only for a pace that lets no time pass (workers/pace.py), as a
+            throttled one may move the connection meanwhile.
+    """
 
     worker_id: str
     once: bool = False
+    sender_thread: bool = False
 
 
 class Daemon:
@@ -197,6 +205,7 @@ class Daemon:
         try:
             work = find_method(assign.method).work
             self._pace.begin_round(round_num, lambda: self._models.work_flops(assign.method, work, assignment))
+            sender = Sender(link, self._codecs, worker_id, self._settings.sender_thread)
             exchange = TimedExchange(
                 link,
                 assign.round_num,
@@ -205,10 +214,10 @@ class Daemon:
                 self._pace,
                 self._device,
                 self._codecs,
-                worker_id,
+                sender,
                 prefetched.prepare,
             )
-            with self._models.lend() as model:
+            with sender, self._models.lend() as model:
                 place(model.bottom if assign.num_exchanges else model, self._device)
                 result = work(model, assignment, prefetched, exchange)
         except (RuntimeError, ValueError, KeyError) as error:  # out of memory, or a state that does not fit the model

@@ -2,11 +2,16 @@
 
 Observed as the spec's section 2 says: the worker times its own forward and backward (compute) and each exchange; the
 server reports how long it held the request; transfer = exchange - held. Only durations cross the network. Encoding and
-decoding is computing. Of a step in parts, whose exchange goes on while it computes: workers/timing.py.
+decoding is computing, unless it is done beside it. Of a step in parts, whose exchange goes on while it computes:
+workers/timing.py.
 
 Sending only hands the frames to the transport, which carries them while the next part is computed or the next batch
 drawn. Should the gradient be back before that is done, the rest counts as transfer: what the step took in all stays
 right.
+
+With a sender that has a thread all parts of a step but the last, after which there is nothing to compute, are encoded
+beside the forward of the next. Their frames are out a little later so, which only matters to a worker that waits for
+its gradients: one that has, in the step before, encodes as if there were no thread.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from mergesfl.runtime.arrays import borrowed_tensor, to_array
 from mergesfl.runtime.clock import Clock
 from workers.link import Link, SessionLostError
 from workers.pace import Pace, Stretch
+from workers.sender import Sender
 from workers.timing import StepTiming
 
 
@@ -42,7 +48,7 @@ class TimedExchange:
         pace: Pace,
         device: torch.device,
         codecs: RunCodecs,
-        worker_id: str,
+        sender: Sender,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._link = link
@@ -52,29 +58,38 @@ class TimedExchange:
         self._pace = pace
         self._device = device
         self._codecs = codecs
-        self._worker_id = worker_id
+        self._sender = sender
         self._prepare = prepare
         self._step_compute_seconds = 0.0
         self._num_owed_samples = 0  # whose gradient has come, and whose backward is not done yet
         self._has_exchanged = False
         self._timing: StepTiming | None = None  # of the step that is under way
         self._num_sent = self._num_sent_samples = self._num_answered = 0  # of that step: parts, their samples, parts
+        self._is_held_up = True  # in the step before; of the first one nobody knows
         self._compute_begin_seconds = clock.now_seconds()
         self.compute_seconds = 0.0
         self.transfer_seconds = 0.0
 
     def __call__(self, step: int, features: Tensor, labels: Tensor) -> Callable[[], Tensor]:
         """features (d_i, F...), labels (d_i,) -> a function that blocks until dL/dfeatures (d_i, F...) is there."""
-        part = self._num_sent
         z, y = to_array(features), to_array(labels)  # waits for the device
-        message = self._codecs.encode_features(Features(self._round_num, step, z, y, part=part), self._worker_id)
+        message = Features(self._round_num, step, z, y, part=self._num_sent)
+        self._num_sent, self._num_sent_samples = self._num_sent + 1, self._num_sent_samples + len(labels)
+        is_last = self._num_sent_samples == self._batch_size
+        is_beside = not (is_last or self._is_held_up) and self._sender.may_send_beside(message)
+        if not is_beside:
+            message = self._sender.encode(message)
         self._pause_compute(Stretch(len(labels), self._num_owed_samples))
         self._has_exchanged = True
+        if not is_beside:
+            self._sender.settle()
         now_seconds = self._clock.now_seconds()
         self._timing = self._timing or StepTiming(now_seconds)
         self._timing.sent(now_seconds)
-        self._num_sent, self._num_sent_samples = part + 1, self._num_sent_samples + len(labels)
-        self._link.send(message)
+        if is_beside:
+            self._sender.send_beside(message)
+        else:
+            self._sender.send(message)
         self._compute_begin_seconds = self._clock.now_seconds()
         shape = tuple(features.shape)
         return lambda: self._wait(step, shape)
@@ -84,18 +99,22 @@ class TimedExchange:
         assert self._timing is not None, "every part is waited for once, in the order in which they were sent"
         if self._num_owed_samples:  # the backward of the part before
             self._pause_compute(Stretch(num_backward_samples=self._num_owed_samples))
+        self._sender.settle()
         if not self._num_answered:
             self._prepare()
+        begin_seconds = self._clock.now_seconds()
         answer = self._link.receive()
         if not isinstance(answer, Gradient):
             raise SessionLostError(f"expected Gradient for step {step}, got {type(answer).__name__}")
         self._compute_begin_seconds = self._clock.now_seconds()
+        self._timing.waited(self._compute_begin_seconds - begin_seconds)
         self._timing.answered(self._compute_begin_seconds, answer.held_seconds)
         self._num_answered += 1
         if self._num_answered == self._num_sent:
             self.transfer_seconds += self._pace.transfer_seconds(
                 self._timing.transfer_seconds(), self._num_sent_samples
             )
+            self._is_held_up = self._timing.is_held_up
             self._timing, self._num_sent, self._num_sent_samples, self._num_answered = None, 0, 0, 0
         try:
             gradient = self._codecs.decode_gradient(answer, shape)

@@ -58,6 +58,7 @@ class Link:
         self._check = check
         self._patience = patience
         self._session = Session(Role.WORKER)
+        self._is_abandoned = False
         self._unread: deque[Message] = deque()  # answers to parts of a step that came while the next part went out
         self._last_ping_seconds = clock.now_seconds()
         self._last_sign_seconds = clock.now_seconds()  # of the server, or of our own message to it
@@ -81,6 +82,10 @@ class Link:
             if early is not None:
                 self._unread.append(early)
         self._last_sign_seconds = self._clock.now_seconds()
+
+    def abandon(self) -> None:
+        """From another thread: who waits on this link, or will, is told soon that its session is lost."""
+        self._is_abandoned = True
 
     def leave(self, reason: str) -> None:
         """Says that this worker goes, if there is a session and a connection to say it on."""
@@ -106,6 +111,8 @@ class Link:
     def _next(self) -> Message | None:
         """The next message that means something; None after a poll without one. Raises like `receive`."""
         self._check()
+        if self._is_abandoned:
+            raise SessionLostError("given up on this device")
         frames = self._endpoint.recv(self._patience.poll_seconds)
         if frames is None:
             return None

@@ -26,6 +26,10 @@ transfer is not the same share at every batch size.
 
 from __future__ import annotations
 
+# Of the computing while parts are out: whoever waits for longer is held up by the link, the server or others. Encoding
+# takes 2 to 16 % of computing (benchmarks/LOG.md, 2026-11-26). [ours]
+HELD_UP_SHARE = 0.1
+
 
 class StepTiming:
     """The account of one step, in seconds since its first part was sent."""
@@ -35,6 +39,7 @@ class StepTiming:
         self._begin_seconds = now_seconds
         self._last_sent_seconds = 0.0
         self._computing_seconds = 0.0
+        self._waiting_seconds = 0.0
         self._answered_seconds: list[float] = []  # g, in the order of the parts
         self._held_seconds: list[float] = []  # h
 
@@ -45,6 +50,15 @@ class StepTiming:
     def computed(self, seconds: float) -> None:
         """So long was computed while parts were out."""
         self._computing_seconds += seconds
+
+    def waited(self, seconds: float) -> None:
+        """So long there was nothing to do but to wait for a gradient."""
+        self._waiting_seconds += seconds
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether it is the exchange that this step takes so long for, rather than its computing."""
+        return self._waiting_seconds > HELD_UP_SHARE * self._computing_seconds
 
     def answered(self, now_seconds: float, held_seconds: float) -> None:
         """The next part's gradient is there."""

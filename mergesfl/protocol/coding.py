@@ -49,6 +49,11 @@ class RunCodecs:
         """Those that the server names. Raises ConfigError."""
         return RunCodecs(welcome.seed, welcome.feature_codec, welcome.gradient_codec, welcome.weight_codec)
 
+    @property
+    def changes_features(self) -> bool:
+        """Whether there is anything to do to them before they are sent."""
+        return not isinstance(self._features, Fp32)
+
     def feature_bytes(self, feature_shape: tuple[int, ...]) -> int:
         """What one sample (F...) is on its way up: c of Eq. 10."""
         return sample_bytes(self._features, feature_shape)
