@@ -438,6 +438,7 @@ def play_daemons(
     resume: bool = False,
     check: Callable[[LoggedEndpoint], None] = lambda endpoint: None,
     make_evaluator: type[BackgroundEvaluator] | type[InlineEvaluator] = BackgroundEvaluator,
+    sender_thread: bool = False,
 ) -> LoggedEndpoint:
     """A run of real daemons, one thread each, that hold these rows of the training set; returns the account of it."""
     prepare_folder(config, resume)
@@ -447,7 +448,7 @@ def play_daemons(
     threads = []
     for index, share in enumerate(shares):
         daemon = Daemon(
-            DaemonSettings(f"worker-{index:02d}", once=True),
+            DaemonSettings(f"worker-{index:02d}", once=True, sender_thread=sender_thread),
             hub.worker,
             share_of(scene.dataset, share),
             torch.device("cpu"),

@@ -31,6 +31,18 @@ def test_unsplit_it_is_the_exchange_less_what_was_held() -> None:
     assert transfer_of([0.0], [7.0], [99.0]) == pytest.approx(-92.0)  # a pace makes 0 of it
 
 
+@pytest.mark.parametrize(("waited", "is_held_up"), [([0.3, 0.2], False), ([0.3, 0.21], True), ([], False)])
+def test_a_step_is_held_up_when_it_waits_for_more_than_a_tenth_of_its_computing(
+    waited: Sequence[float], is_held_up: bool
+) -> None:
+    timing = StepTiming(0.0)
+    for seconds in (2.0, 3.0):
+        timing.computed(seconds)
+    for seconds in waited:
+        timing.waited(seconds)
+    assert timing.is_held_up is is_held_up
+
+
 @pytest.mark.parametrize(
     ("sent", "answered", "held", "computing", "expected"),
     [
