@@ -14,7 +14,7 @@ JOBS ?= 0
 
 .PHONY: help demo test cover lint types layers check clean
 .PHONY: bench-planner bench-har bench-compare bench-paper bench-codecs bench-simulation bench-streaming bench-throttled
-.PHONY: bench-floor bench-transport bench-load bench-speed
+.PHONY: bench-floor bench-transport bench-load bench-speed bench-overlap
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -85,6 +85,9 @@ bench-floor: $(BIN)/.ready  ## memory, ipc and tcp runs against the same steps i
 
 bench-transport: $(BIN)/.ready  ## round trips of our protocol against bare pyzmq, pickle and gRPC, 4 KiB to 16 MiB
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.roundtrips
+
+bench-overlap: $(BIN)/.ready  ## steps in parts with features encoded beside computing against the same in one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.overlap
 
 bench-load: $(BIN)/.ready  ## one parameter server under 10 to 400 live workers that replay features
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.micro.load
