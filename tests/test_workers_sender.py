@@ -5,16 +5,22 @@ Legend: d samples of a part, F = 4 numbers of each at the cut.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import workers.__main__ as worker_command
 from mergesfl.errors import ConfigError
@@ -27,12 +33,14 @@ from tests.processes import ROOT
 from tests.test_workers_link import ASSIGN, FEATURES, IDLE, Line
 from workers import sender as sender_module
 from workers import timing
+from workers.daemon import DaemonSettings
 from workers.exchange import TimedExchange
 from workers.link import Link, RoundReleasedError, SessionLostError, StoppedError
 from workers.pace import MeasuredPace
 from workers.sender import Sender
 
 PATIENCE_SECONDS = 20.0  # a bound for a broken test, not a claim about speed
+CHOSEN = sender_module.FEWEST_NUMBERS_BESIDE  # every test but the last makes do with less
 INT8 = RunCodecs(0, "int8", "fp32", "fp32")
 CPU = torch.device("cpu")
 Z = torch.linspace(-1, 1, 24).reshape(6, 4)  # (6, 4): three parts of 2 samples
@@ -60,7 +68,7 @@ class GatedLink:
         self.gate.set()
         self.sent: list[tuple[int, int, str]] = []  # (step, part, thread)
         self.messages: list[Features] = []
-        self.failures: dict[int, Exception] = {}  # by part
+        self.failures: dict[int, Callable[[], Exception]] = {}  # by part
         self.is_abandoned = False
         self.answer_seconds = 0.0
         self._clock = clock
@@ -71,7 +79,7 @@ class GatedLink:
         if self.is_abandoned:
             raise SessionLostError("given up")
         if message.part in self.failures:
-            raise self.failures[message.part]
+            raise self.failures[message.part]()
         self.sent.append((message.step, message.part, threading.current_thread().name))
         self.messages.append(message)
 
@@ -126,7 +134,7 @@ def test_without_a_thread_or_a_codec_or_enough_to_do_nothing_is_handed_over(monk
 )
 def test_an_error_of_the_thread_reaches_the_caller_and_nothing_goes_out_after_it(error: Exception) -> None:
     link = GatedLink(HandClock())
-    link.failures[0] = error
+    link.failures[0] = lambda: error
     link.gate.clear()
     with pytest.raises(type(error), match=str(error)), sender_over(link) as sender:
         sender.send_beside(features(0))
@@ -139,7 +147,7 @@ def test_an_error_of_the_thread_reaches_the_caller_and_nothing_goes_out_after_it
 
 def test_an_error_is_told_when_the_next_message_is_handed_over() -> None:
     link = GatedLink(HandClock())
-    link.failures[0] = RoundReleasedError("void")
+    link.failures[0] = lambda: RoundReleasedError("void")
     with sender_over(link) as sender:
         sender.send_beside(features(0))
         assert sender._last is not None and sender._last.exception(PATIENCE_SECONDS) is not None
@@ -167,6 +175,41 @@ def test_computing_that_fails_leaves_no_thread_behind_though_it_cannot_send() ->
         sender.send_beside(features(1))
         raise RuntimeError("no memory")
     assert link.is_abandoned and link.sent == [] and sender_threads() == []
+
+
+def test_without_a_thread_to_be_had_the_computing_thread_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    link = GatedLink(HandClock())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with sender_over(link) as sender:
+        sender.send_beside(features(0))
+        assert not sender.may_send_beside(features(1))
+        sender.send(sender.encode(features(1)))
+    assert [part for _, part, _ in link.sent] == [0, 1]
+
+
+@pytest.mark.parametrize("num_handed_over", [1, 2, 3])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_error_of_the_thread_keeps_nothing_of_the_round_alive(num_handed_over: int, is_known: bool) -> None:
+    """Not even until the cycle collector comes: features may be memory of a GPU, and the worker goes on."""
+    link = GatedLink(HandClock())
+    link.failures[0] = lambda: RoundReleasedError("void")
+
+    def failing_round() -> weakref.ref[Sender]:
+        z = Z.clone()
+        with contextlib.suppress(RoundReleasedError), sender_over(link) as sender:
+            for part in range(2):
+                sender.send_beside(replace(features(part), features=z.numpy()))
+            sender.settle()
+        return weakref.ref(sender)
+
+    gc.disable()
+    try:
+        assert failing_round()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_link_that_is_given_up_ends_whoever_waits_on_it_for_a_connection() -> None:
@@ -231,6 +274,52 @@ def test_all_parts_but_the_last_go_beside_unless_gradients_were_waited_for_in_th
     assert exchange.compute_seconds == pytest.approx(4 * 6.0)
 
 
+def test_a_gradient_is_not_waited_for_while_the_thread_has_the_connection() -> None:
+    """A step that ends with fewer samples than were planned: its last part is not known to be the last."""
+    clock = HandClock()
+    link = GatedLink(clock)
+    with sender_over(link) as sender:
+        exchange = TimedExchange(cast(Link, link), 100, 99, clock, MeasuredPace(clock), CPU, INT8, sender)
+        for step in range(2):
+            clock.seconds += 1.0
+            link.gate.clear()
+            threading.Timer(0.05, link.gate.set).start()
+            waits = [exchange(step, Z[:2], Y[:2]), exchange(step, Z[2:], Y[2:])]
+            clock.seconds += 1.0
+            assert [wait().shape for wait in waits] == [(2, 4), (4, 4)]
+    assert [(step, part) for step, part, _ in link.sent] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_waiting_for_the_thread_is_transfer_and_not_computing() -> None:
+    """By hand: each step 1 s per forward and backward of its two parts, and gradients that are there at once. In the
+    second step part 0 is handed over, but the connection is away until 7 s after the second forward."""
+    clock = HandClock()
+    link = GatedLink(clock)
+
+    def come_back() -> None:
+        clock.seconds += 7.0
+        link.gate.set()
+
+    with sender_over(link) as sender:
+        exchange = TimedExchange(cast(Link, link), 100, 6, clock, MeasuredPace(clock), CPU, INT8, sender)
+        for step in range(2):
+            if step == 1:
+                link.gate.clear()
+            waits = []
+            for rows in (slice(0, 3), slice(3, 6)):
+                clock.seconds += 1.0
+                if len(waits) == step == 1:
+                    threading.Timer(0.05, come_back).start()
+                waits.append(exchange(step, Z[rows], Y[rows]))
+            for wait in waits:
+                wait()
+                clock.seconds += 1.0
+        exchange.finish(2)
+    assert clock.seconds == pytest.approx(15.0)
+    assert exchange.compute_seconds == pytest.approx(8.0)
+    assert exchange.transfer_seconds == pytest.approx(7.0)
+
+
 def test_a_step_in_one_part_is_sent_by_the_computing_thread() -> None:
     clock = HandClock()
     link = GatedLink(clock)
@@ -278,10 +367,12 @@ def test_a_worker_has_the_thread_where_a_core_is_left_or_it_is_told_to(monkeypat
         monkeypatch.setattr(torch, "get_num_threads", lambda num=num_threads: num)
         monkeypatch.setattr(worker_command, "usable_cores", lambda num=cores: num)
         assert decide(None, CPU, is_slowed=False) is expected
-        assert decide(None, cuda, is_slowed=False) is True
+        assert decide(None, cuda, is_slowed=False) is True  # one core gives the GPU its work
         assert decide(None, cuda, is_slowed=True) is False
         assert decide(True, CPU, is_slowed=False) is True
         assert decide(False, cuda, is_slowed=False) is False
+    monkeypatch.setattr(worker_command, "usable_cores", lambda: 1)
+    assert decide(None, cuda, is_slowed=False) is False
     with pytest.raises(ConfigError, match="leave out --sender-thread"):
         decide(True, CPU, is_slowed=True)
 
@@ -300,3 +391,30 @@ def test_the_workers_of_a_local_cluster_share_the_cores_and_have_no_thread_for_i
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
     start_worker(small_config(tmp_path), "tcp://127.0.0.1:9", tmp_path, 0, 1)
     assert "--no-sender-thread" in commands[0]
+
+
+@pytest.mark.parametrize(("wanted", "has_thread"), [("--sender-thread", True), ("--no-sender-thread", False)])
+def test_the_command_line_decides(monkeypatch: pytest.MonkeyPatch, wanted: str, has_thread: bool) -> None:
+    made: list[DaemonSettings] = []
+
+    class NotedDaemon:
+        def __init__(self, settings: DaemonSettings, *others: object) -> None:
+            made.append(settings)
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(worker_command, "Daemon", NotedDaemon)
+    app = typer.Typer()
+    app.command()(worker_command.worker)
+    ended = CliRunner().invoke(app, ["--connect", "tcp://127.0.0.1:9", "--id", "a", "--threads", "1", wanted])
+    assert ended.exit_code == 0, ended.output
+    assert made == [DaemonSettings("a", sender_thread=has_thread)]
+
+
+def test_a_part_of_four_samples_of_har_is_enough_and_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = 32 * 32 * 2  # of a sample, at conv2
+    with sender_over(GatedLink(HandClock())) as sender:
+        few, many = (replace(features(0), features=np.zeros((num, numbers), np.float32)) for num in (1, 4))
+        monkeypatch.setattr(sender_module, "FEWEST_NUMBERS_BESIDE", CHOSEN)
+        assert not sender.may_send_beside(few) and sender.may_send_beside(many)

@@ -55,14 +55,15 @@ def make_pace(
 
 
 def has_sender_thread(wanted: bool | None, device: torch.device, is_slowed: bool) -> bool:
-    """Whether this worker encodes features beside its computing; None: if that leaves a core free, as a GPU does.
+    """Whether this worker encodes features beside its computing; None: if that leaves a core free.
 
     Raises ConfigError for a worker that behaves like a slower device, whose encoding would not be slowed.
     """
     if wanted and is_slowed:
         raise ConfigError("a worker with --slowdown or --profile encodes where it computes: leave out --sender-thread")
     if wanted is None:
-        return not is_slowed and (device.type == "cuda" or torch.get_num_threads() < usable_cores())
+        num_computing = 1 if device.type == "cuda" else torch.get_num_threads()  # one thread gives the GPU its work
+        return not is_slowed and num_computing < usable_cores()
     return wanted
 
 
@@ -93,7 +94,7 @@ def worker(
         bool | None,
         typer.Option(
             "--sender-thread/--no-sender-thread",
-            help="encode and send features beside computing; default: on a GPU, or when --threads leaves a core free",
+            help="encode and send features beside computing; default: if a GPU computes or --threads leaves a core",
         ),
     ] = None,
     once: Annotated[bool, typer.Option(help="end after one run instead of waiting for the next")] = False,

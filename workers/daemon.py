@@ -45,8 +45,8 @@ class DaemonSettings:
 
     Attributes:
         once: end after the first run instead of waiting for the next.
-        sender_thread: encode and send beside computing; only for a pace that lets no time pass (workers/pace.py), as a
-            throttled one may move the connection meanwhile.
+        sender_thread: encode and send beside computing. Not beside a throttle: encoding would not be slowed, and a
+            throttled link (workers/throttle.py) is moved by the computing thread.
     """
 
     worker_id: str

@@ -99,7 +99,7 @@ class TimedExchange:
         assert self._timing is not None, "every part is waited for once, in the order in which they were sent"
         if self._num_owed_samples:  # the backward of the part before
             self._pause_compute(Stretch(num_backward_samples=self._num_owed_samples))
-        self._sender.settle()
+        self._sender.settle()  # nothing to do, unless the step has ended with fewer samples than were planned
         if not self._num_answered:
             self._prepare()
         begin_seconds = self._clock.now_seconds()

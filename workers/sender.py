@@ -13,7 +13,8 @@ from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.messages import Features
 from workers.link import Link
 
-# Numbers in a message: below, handing it over takes as long as encoding it (benchmarks/LOG.md, 2026-11-26). [ours]
+# Numbers in a message: below, two threads of so short operations cost each other what one of them saves; measured for
+# steps of HAR with 4 to 64 samples (benchmarks/LOG.md, 2026-11-26). [ours]
 FEWEST_NUMBERS_BESIDE = 1 << 13
 
 
@@ -48,6 +49,7 @@ class Sender:
         if self._last is not None and not self._last.done():
             self._link.abandon()
         self._executor.shutdown(cancel_futures=True)
+        self._last = None  # its error knows this round's frames, and they this sender
 
     def may_send_beside(self, message: Features) -> bool:
         """Whether there is another thread, and enough for it to do."""
@@ -65,18 +67,28 @@ class Sender:
     def send_beside(self, message: Features) -> None:
         """Hands it over, not encoded yet, and returns at once. Raises like `settle`, of what was handed over before."""
         assert self._executor is not None, "there is another thread"
-        before = self._last
-        if before is not None and before.done():
-            before.result()
-        self._last = self._executor.submit(self._encode_and_send, message, before)
+        if self._last is not None and self._last.done():
+            self.settle()
+        try:
+            self._last = self._executor.submit(self._encode_and_send, message, self._last)
+        except RuntimeError:  # the system has no thread for us
+            self._executor.shutdown(cancel_futures=True)
+            self._executor = None
+            self.send(self.encode(message))
 
     def settle(self) -> None:
         """Waits until all that was handed over is out, or one of it has failed. Raises like Link.send."""
-        if self._last is not None:
-            self._last.result()
-            self._last = None
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                last.result()
+        finally:
+            del last  # else its error would know this frame, and the frame it
 
     def _encode_and_send(self, message: Features, before: Future[None] | None) -> None:
-        if before is not None:
-            before.result()  # done, as there is one thread; where it failed, what follows must not go out
+        try:
+            if before is not None:
+                before.result()  # done, as there is one thread; where it failed, what follows must not go out
+        finally:
+            del before
         self._link.send(self.encode(message))

@@ -26,8 +26,8 @@ transfer is not the same share at every batch size.
 
 from __future__ import annotations
 
-# Of the computing while parts are out: whoever waits for longer is held up by the link, the server or others. Encoding
-# takes 2 to 16 % of computing (benchmarks/LOG.md, 2026-11-26). [ours]
+# Of the computing while parts are out: whoever waits for longer is held up by the link, the server or others. About
+# what encoding takes where it takes most, HAR: 2 to 17 % of computing (benchmarks/LOG.md, 2026-11-26). [ours]
 HELD_UP_SHARE = 0.1
 
 

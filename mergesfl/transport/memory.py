@@ -2,7 +2,7 @@
 
 What crosses is the same frames as over ZeroMQ; small ones are copied, large ones lent (base.py). Differences from
 ZeroMQ: a peer that closes is known to be gone at once, and a server that closes takes its unread messages with it.
-Threads may share a hub; each endpoint belongs to one of them.
+Threads may share a hub; each endpoint is used by one of them at a time.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Packed(NamedTuple):
 
 
 class SharedMemory:
-    """The memory of one worker, as one of the two ends sees it; belongs to one thread.
+    """The memory of one worker, as one of the two ends sees it; used by one thread at a time.
 
     Args:
         memory: whole.

@@ -6,7 +6,7 @@ number of frames of one message while it is under way. Only a peer that may conn
 
 A frame of SEND_LENT_BYTES and more is lent, not copied, while it is sent: libzmq reads the sender's memory until the
 message has left. Frames that were received belong to the receiver: the first one, the codec's header, is a copy (it is
-small, and to view it would cost more), the others are views. An endpoint belongs to one thread.
+small, and to view it would cost more), the others are views. An endpoint is used by one thread at a time.
 
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
