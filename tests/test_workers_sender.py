@@ -70,7 +70,7 @@ class GatedLink:
         self.messages: list[Features] = []
         self.failures: dict[int, Callable[[], Exception]] = {}  # by part
         self.is_abandoned = False
-        self.answer_seconds = 0.0
+        self.answer_seconds = self.held_seconds = 0.0
         self._clock = clock
         self._num_answered = 0
 
@@ -87,7 +87,9 @@ class GatedLink:
         self._clock.seconds += self.answer_seconds
         asked = self.messages[self._num_answered]
         self._num_answered += 1
-        return Gradient(asked.round_num, asked.step, 0.0, np.ones((len(asked.labels), 4), np.float32), part=asked.part)
+        return Gradient(
+            asked.round_num, asked.step, self.held_seconds, np.ones((len(asked.labels), 4), np.float32), part=asked.part
+        )
 
     def abandon(self) -> None:
         self.is_abandoned = True
@@ -191,8 +193,10 @@ def test_without_a_thread_to_be_had_the_computing_thread_sends(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("num_handed_over", [1, 2, 3])
-@pytest.mark.parametrize("is_known", [False, True])
-def test_an_error_of_the_thread_keeps_nothing_of_the_round_alive(num_handed_over: int, is_known: bool) -> None:
+@pytest.mark.parametrize(("is_known", "settles"), [(False, True), (True, True), (False, False)])
+def test_an_error_of_the_thread_keeps_nothing_of_the_round_alive(
+    num_handed_over: int, is_known: bool, settles: bool
+) -> None:
     """Not even until the cycle collector comes: features may be memory of a GPU, and the worker goes on."""
     link = GatedLink(HandClock())
     link.failures[0] = lambda: RoundReleasedError("void")
@@ -200,9 +204,15 @@ def test_an_error_of_the_thread_keeps_nothing_of_the_round_alive(num_handed_over
     def failing_round() -> weakref.ref[Sender]:
         z = Z.clone()
         with contextlib.suppress(RoundReleasedError), sender_over(link) as sender:
-            for part in range(2):
+            link.gate.clear()
+            for part in range(num_handed_over):
                 sender.send_beside(replace(features(part), features=z.numpy()))
-            sender.settle()
+            link.gate.set()
+            if is_known:  # before the next is handed over
+                assert sender._last is not None and sender._last.exception(PATIENCE_SECONDS) is not None
+                sender.send_beside(features(num_handed_over))
+            if settles:
+                sender.settle()
         return weakref.ref(sender)
 
     gc.disable()
@@ -290,11 +300,14 @@ def test_a_gradient_is_not_waited_for_while_the_thread_has_the_connection() -> N
     assert [(step, part) for step, part, _ in link.sent] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_waiting_for_the_thread_is_transfer_and_not_computing() -> None:
+@pytest.mark.parametrize("held_seconds", [0.0, 1e6])
+def test_waiting_for_the_thread_is_transfer_and_not_computing(held_seconds: float) -> None:
     """By hand: each step 1 s per forward and backward of its two parts, and gradients that are there at once. In the
-    second step part 0 is handed over, but the connection is away until 7 s after the second forward."""
+    second step part 0 is handed over, but the connection is away until 7 s after the second forward. A server that says
+    to have held for ever changes nothing: what counts is when the last part was out."""
     clock = HandClock()
     link = GatedLink(clock)
+    link.held_seconds = held_seconds
 
     def come_back() -> None:
         clock.seconds += 7.0
