@@ -16,6 +16,8 @@ import torch
 from mergesfl.data import load_dataset, parse_partition, save_partition
 from mergesfl.data.scale import IDENTITY, PIXELS
 from mergesfl.errors import ConfigError, DataError
+from mergesfl.methods import find_method
+from mergesfl.methods.base import Exchange, WorkResult
 from mergesfl.models import build_model
 from mergesfl.protocol.codec import decode, encode
 from mergesfl.protocol.coding import RunCodecs
@@ -63,6 +65,9 @@ from tests.memory_cluster import (
     without,
     write_dataset,
 )
+from workers import daemon as daemon_module
+from workers import sender as sender_module
+from workers import timing
 from workers.daemon import Daemon, DaemonSettings
 from workers.link import RefusedError
 from workers.local_data import LocalData, load_local_data, share_of
@@ -86,14 +91,14 @@ def some_data() -> LocalData:
 class Stage:
     """One daemon in a thread, and the server's end of a hub in the hands of the test."""
 
-    def __init__(self, once: bool = False, data: LocalData | None = None) -> None:
+    def __init__(self, once: bool = False, data: LocalData | None = None, sender_thread: bool = False) -> None:
         self.hub = MemoryHub()
         self.stop = threading.Event()
         self.error: Exception | None = None
         self.peers: list[bytes] = []  # of the registrations, in order
         self._server: MemoryServer | None = None
         daemon = Daemon(
-            DaemonSettings("a", once),
+            DaemonSettings("a", once, sender_thread),
             self.hub.worker,
             data or some_data(),
             torch.device("cpu"),
@@ -567,6 +572,41 @@ def test_a_round_that_cannot_be_computed_is_left_with_the_reason(stages: Callabl
     stage.say(replace(assign(100, SPLIT), state={"other.weight": np.zeros(3, np.float32)}))
     assert "round 2 failed on this worker: " in stage.expect(Leave).reason
     assert isinstance(stage.ended(), WorkFailedError)
+
+
+def test_computing_that_fails_while_a_part_waits_for_a_connection_ends_the_worker_and_its_thread(
+    stages: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step goes well; in the second the server goes, the first part is handed over, and no memory is left."""
+    monkeypatch.setattr(sender_module, "FEWEST_NUMBERS_BESIDE", 0)
+    monkeypatch.setattr(timing, "HELD_UP_SHARE", float("inf"))
+    z, y = torch.zeros(2, *FEATURE_SHAPE), torch.zeros(2, dtype=torch.int64)  # a part: half of the batch
+    is_gone, names = threading.Event(), []
+
+    def work(model: object, assignment: object, batches: object, exchange: Exchange) -> WorkResult:
+        for wait in [exchange(0, z, y) for _ in range(2)]:
+            wait()
+        assert is_gone.wait(PATIENCE_SECONDS)
+        exchange(1, z, y)
+        names.extend(thread.name for thread in threading.enumerate())
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(daemon_module, "find_method", lambda name: replace(find_method(name), work=work))
+    stage = stages(sender_thread=True)
+    stage.expect(Register)
+    stage.say(replace(WELCOME, feature_codec="int8"))
+    stage.expect(Ready)
+    stage.say(replace(assign(100, SPLIT), parts_per_step=2))
+    for part in range(2):
+        features = stage.expect(Features)
+        stage.say(Gradient(100, 0, 0.0, np.zeros((2, *FEATURE_SHAPE), np.float32), part=features.part))
+        assert features.part == part
+    stage.server.close()
+    is_gone.set()
+    error = stage.ended()
+    assert isinstance(error, WorkFailedError) and "no memory" in str(error)
+    assert "sender-a_0" in names
+    assert not any(thread.name.startswith("sender-") for thread in threading.enumerate())
 
 
 def registering(stage: Stage) -> None:
