@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mergesfl.codecs.base import Floats
+from mergesfl.errors import TransportError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.layout import Frame
@@ -69,7 +70,7 @@ class Gradients:
 def serve(
     address: str, feature_codec: str, batch_size: int, num_parts: int, num_steps: int, megabits_per_second: float
 ) -> None:
-    """Serves without end."""
+    """Serves until the worker has gone."""
     endpoint = bind(address)
     print(endpoint.address, flush=True)
     gradients = Gradients(codecs_of(feature_codec))
@@ -108,7 +109,10 @@ def serve(
             assign = Assign(
                 round_num, num_steps, num_steps, batch_size, "bench", SETTINGS, {}, parts_per_step=num_parts
             )
-            endpoint.send(peer, encode(assign))
+            try:
+                endpoint.send(peer, encode(assign))
+            except TransportError:  # that was its last round, and it has gone
+                return
         del arrived, frames, message  # over ipc the worker writes its next features to the same memory
 
 
