@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -98,6 +98,13 @@ class GatedLink:
 
 def sender_over(link: GatedLink, codecs: RunCodecs = INT8, has_thread: bool = True) -> Sender:
     return Sender(cast(Link, link), codecs, "w", has_thread)
+
+
+@contextlib.contextmanager
+def exchange_over(link: GatedLink, clock: HandClock, num_samples: int = 6) -> Iterator[TimedExchange]:
+    """Of steps of so many samples, with a thread."""
+    with sender_over(link) as sender:
+        yield TimedExchange(cast(Link, link), 100, num_samples, clock, MeasuredPace(clock), CPU, INT8, sender)
 
 
 def test_who_hands_over_goes_on_while_it_is_encoded_and_sent_and_the_order_stays() -> None:
@@ -271,8 +278,7 @@ def test_all_parts_but_the_last_go_beside_unless_gradients_were_waited_for_in_th
     link = GatedLink(clock)
     here = threading.current_thread().name
     waits_seconds = [0.13, 0.14, 0.13, 0.0]
-    with sender_over(link) as sender:
-        exchange = TimedExchange(cast(Link, link), 100, 6, clock, MeasuredPace(clock), CPU, INT8, sender)
+    with exchange_over(link, clock) as exchange:
         for step, seconds in enumerate(waits_seconds):
             played_step(exchange, link, clock, step, seconds)
         exchange.finish(4)
@@ -288,8 +294,7 @@ def test_a_gradient_is_not_waited_for_while_the_thread_has_the_connection() -> N
     """A step that ends with fewer samples than were planned: its last part is not known to be the last."""
     clock = HandClock()
     link = GatedLink(clock)
-    with sender_over(link) as sender:
-        exchange = TimedExchange(cast(Link, link), 100, 99, clock, MeasuredPace(clock), CPU, INT8, sender)
+    with exchange_over(link, clock, num_samples=99) as exchange:
         for step in range(2):
             clock.seconds += 1.0
             link.gate.clear()
@@ -313,8 +318,7 @@ def test_waiting_for_the_thread_is_transfer_and_not_computing(held_seconds: floa
         clock.seconds += 7.0
         link.gate.set()
 
-    with sender_over(link) as sender:
-        exchange = TimedExchange(cast(Link, link), 100, 6, clock, MeasuredPace(clock), CPU, INT8, sender)
+    with exchange_over(link, clock) as exchange:
         for step in range(2):
             if step == 1:
                 link.gate.clear()
@@ -336,8 +340,7 @@ def test_waiting_for_the_thread_is_transfer_and_not_computing(held_seconds: floa
 def test_a_step_in_one_part_is_sent_by_the_computing_thread() -> None:
     clock = HandClock()
     link = GatedLink(clock)
-    with sender_over(link) as sender:
-        exchange = TimedExchange(cast(Link, link), 100, 6, clock, MeasuredPace(clock), CPU, INT8, sender)
+    with exchange_over(link, clock) as exchange:
         for step in range(3):
             clock.seconds += 1.0
             exchange(step, Z, Y)()

@@ -8,22 +8,20 @@ and ends with its parent. It assigns one round after the other, of so many steps
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
 
+from benchmarks.micro.server_process import serve_until_closed
 from mergesfl.codecs.base import Floats
 from mergesfl.errors import TransportError
 from mergesfl.protocol.codec import decode, encode, wire_bytes
 from mergesfl.protocol.coding import RunCodecs
 from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import Array, Assign, Features, Gradient, Ready, Register, Update, Welcome, wire_round
-from mergesfl.runtime.process import keep_freed_memory
 from mergesfl.transport import bind
 
 GRADIENT_CODEC = "fp16"
@@ -118,12 +116,8 @@ def serve(
 
 def main() -> None:
     """Serves until the parent's end of stdin is closed."""
-    keep_freed_memory()
     address, feature_codec, *counts, rate = sys.argv[1:]
-    arguments = (address, feature_codec, *(int(count) for count in counts), float(rate))
-    threading.Thread(target=serve, args=arguments, daemon=True).start()
-    sys.stdin.read()
-    os._exit(0)  # the thread still holds its socket: an orderly end would wait for it
+    serve_until_closed(serve, address, feature_codec, *(int(count) for count in counts), float(rate))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.micro.answers import codecs_of
 from benchmarks.micro.samples import find_workload
+from benchmarks.micro.server_process import listening
 from mergesfl.methods.base import Assignment
 from mergesfl.methods.split_program import work
 from mergesfl.models import build_model
@@ -164,18 +163,11 @@ class Worker:
 def connected(case: Case) -> Iterator[Worker]:
     """A worker, and its server in another process."""
     with local_address("ipc") as address:
-        arguments = (address, case.codec, case.batch_size, case.num_parts, case.num_steps, case.megabits_per_second)
-        command = [sys.executable, "-m", "benchmarks.micro.answers", *map(str, arguments)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-            assert server.stdin is not None and server.stdout is not None
-            try:
-                worker = Worker(case, server.stdout.readline().strip())
-                try:
-                    yield worker
-                finally:
-                    worker.link.close()
-            finally:
-                server.stdin.close()  # the server ends with it
+        of_case = (case.codec, case.batch_size, case.num_parts, case.num_steps, case.megabits_per_second)
+        with listening("benchmarks.micro.answers", address, *of_case) as bound:
+            worker = Worker(case, bound)
+            with contextlib.closing(worker.link):
+                yield worker
 
 
 def compare(case: Case, num_repeats: int) -> list[tuple[Times, Times]]:

@@ -14,9 +14,7 @@ of the others cross the socket. The processes of all keep freed memory, as those
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,12 +25,12 @@ import torch
 import zmq
 from numpy.typing import NDArray
 
+from benchmarks.micro.server_process import serve_until_closed
 from mergesfl.control.estimates import Estimates
 from mergesfl.errors import ConfigError
 from mergesfl.parts import MAX_PARTS_PER_STEP
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Assign, Features, Gradient, Ready, Register, Welcome
 from mergesfl.runtime.clock import WallClock
-from mergesfl.runtime.process import keep_freed_memory
 from mergesfl.transport import bind, connect
 from ps.fleet import Fleet
 from ps.switchboard import Switchboard
@@ -305,11 +303,8 @@ def check_contestants(names: Iterable[str]) -> None:
 
 def main() -> None:
     """Serves until the parent's end of stdin is closed."""
-    keep_freed_memory()
     name, address = sys.argv[1:]
-    threading.Thread(target=CONTESTANTS[name].serve, args=(address,), daemon=True).start()
-    sys.stdin.read()
-    os._exit(0)  # the thread still holds its socket: an orderly end would wait for it
+    serve_until_closed(CONTESTANTS[name].serve, address)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import numpy as np
 import typer
 
 from benchmarks.micro.peers import BARE, BATCH_SIZE, CONTESTANTS, NUM_IN_FLIGHT, Client, check_contestants
+from benchmarks.micro.server_process import listening
 from mergesfl.processes import local_address
 from mergesfl.runtime.process import keep_freed_memory
 
@@ -86,18 +85,12 @@ def timed(act: Callable[[], object], num_times: int) -> tuple[float, ...]:
 @contextlib.contextmanager
 def connected(name: str, transport: str) -> Iterator[Client]:
     """A client of this contestant, and its server in another process."""
-    with local_address(transport) as address:
-        command = [sys.executable, "-m", "benchmarks.micro.peers", name, address]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-            assert server.stdin is not None and server.stdout is not None
-            try:
-                client = CONTESTANTS[name].client(server.stdout.readline().strip())
-                try:
-                    yield client
-                finally:
-                    client.close()
-            finally:
-                server.stdin.close()  # the server ends with it
+    with (
+        local_address(transport) as address,
+        listening("benchmarks.micro.peers", name, address) as bound,
+        contextlib.closing(CONTESTANTS[name].client(bound)) as client,
+    ):
+        yield client
 
 
 def compare(

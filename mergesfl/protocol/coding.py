@@ -71,7 +71,7 @@ class RunCodecs:
 
     def encode_features(self, message: Features, worker_id: str) -> Features:
         """The message as it is sent; its features are float32 (d, F...)."""
-        if isinstance(self._features, Fp32):  # nothing to do, and no generator to make for it
+        if not self.changes_features:  # and no generator to make for it
             return message
         generator = self._generator("features", worker_id, message.round_num, message.step, message.part)
         values, parts = _encoded(self._features, message.features, generator)
