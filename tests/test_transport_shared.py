@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import mmap
 import os
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -30,6 +32,8 @@ from mergesfl.protocol.messages import Gradient, Pong
 from mergesfl.runtime.arrays import borrowed_tensor
 from mergesfl.transport import LinkSettings
 from mergesfl.transport import shared as shared_module
+from mergesfl.transport import zeromq as zeromq_module
+from mergesfl.transport.addresses import is_of_this_machine
 from mergesfl.transport.area import AREA_BYTES, MAX_PLACED, Area
 from mergesfl.transport.sealed import NONCE_BYTES
 from mergesfl.transport.shared import (
@@ -52,6 +56,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory in commo
 PATIENCE_SECONDS = 20.0
 PEER = b"somebody"
 LARGE = FEWEST_BYTES
+OPENING_BYTES = shared_module._OPENING.size
 QUICK = LinkSettings(linger_seconds=1.0, reconnect_seconds=0.02, max_reconnect_seconds=0.1)
 
 
@@ -88,10 +93,21 @@ def ends() -> Iterator[Ends]:
     made.worker.close()
 
 
-def prefix_of(ends: Ends) -> Prefix:
-    prefix = Prefix.of(ends.carried[0])
+class Said(NamedTuple):
+    """What stood in front of the header that was carried last."""
+
+    opening: bytes
+    freed: tuple[int, ...]
+    placed: list[tuple[int, ...]]  # (index, offset, bytes)
+
+
+def prefix_of(ends: Ends) -> Said:
+    first = bytes(ends.carried[0])
+    prefix = Prefix.of(first)
     assert prefix is not None
-    return prefix
+    assert first.startswith(MARK)
+    entries = iter(prefix.placed)
+    return Said(first[:OPENING_BYTES], prefix.freed, list(zip(*[entries] * 3, strict=True)))
 
 
 # --- what is carried ---
@@ -283,8 +299,8 @@ def test_a_server_that_does_not_take_the_offer_gets_all_through_the_socket(monke
 
 def test_a_system_without_such_memory_uses_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    with TemporaryDirectory(prefix="msfl") as folder:
-        server = ZmqServer(f"ipc://{folder}/ps", QUICK)
+    with local_address("ipc") as address:
+        server = ZmqServer(address, QUICK)
         worker = ZmqWorker(server.address, QUICK)
         try:
             for frames in ([b"one"], [b"two", content(1)]):
@@ -418,9 +434,8 @@ def forged(ends: Ends, freed: Sequence[int], *placed: tuple[int, int, int]) -> b
     """A prefix of the worker of these ends before a legal header."""
     known = prefix_of(ends)
     entries = [number for entry in placed for number in entry]
-    begin = shared_module._prefix(len(freed), len(placed))
-    numbers = (*known.source, len(freed), len(placed), *freed, *entries)
-    return begin.pack(MARK, known.nonce, *numbers) + bytes(encode(Pong())[0])
+    form = shared_module._numbers(len(freed), len(placed))
+    return known.opening + form.pack(len(freed), len(placed), *freed, *entries) + bytes(encode(Pong())[0])
 
 
 @pytest.mark.parametrize(
@@ -466,7 +481,7 @@ def test_a_prefix_that_is_not_whole_or_has_too_many_entries_is_refused(ends: End
         refused([prefix[:size]], ends.server)
     counts = shared_module._COUNTS
     for numbers in ((MAX_PLACED + 1, 0), (0, MAX_PLACED + 1), (65535, 65535)):
-        begin = prefix[: shared_module._COUNTS_BEGIN] + counts.pack(*numbers)
+        begin = prefix[:OPENING_BYTES] + counts.pack(*numbers)
         refused([begin + bytes(30 * (MAX_PLACED + 1))], ends.server)
 
 
@@ -487,8 +502,9 @@ def test_a_server_does_not_read_where_it_writes(ends: Ends) -> None:
 
 
 def offer(pid: int, handle: int, nonce: bytes, *placed: int) -> bytes:
-    begin = shared_module._prefix(0, len(placed) // 3)
-    return begin.pack(MARK, nonce, pid, handle, 0, len(placed) // 3, *placed) + b"header"
+    num_placed = len(placed) // 3
+    opening = shared_module._OPENING.pack(MARK, nonce, pid, handle)
+    return opening + shared_module._numbers(0, num_placed).pack(0, num_placed, *placed) + b"header"
 
 
 def sealed(num_bytes: int, seals: int, nonce: bytes) -> int:
@@ -575,28 +591,91 @@ def exchange(server: ZmqServer, worker: ZmqWorker, frames: list[bytes]) -> None:
     assert as_bytes(answer) == frames
 
 
-def test_large_frames_do_not_cross_the_socket_of_two_endpoints() -> None:
-    """Looked at from outside: a plain ROUTER in the place of the server answers with the prefix of a real one."""
-    with TemporaryDirectory(prefix="msfl") as folder, zmq.Context() as context:
+@contextlib.contextmanager
+def local_address(transport: str) -> Iterator[str]:
+    with TemporaryDirectory(prefix="msfl") as folder:
+        yield f"ipc://{folder}/ps" if transport == "ipc" else "tcp://127.0.0.1:*"
+
+
+def crossed(transport: str, settings: LinkSettings, may_open: bool = True) -> tuple[list[int], list[int]]:
+    """Bytes of three messages with a large frame as they cross the socket, up and down, beyond what is small.
+
+    Looked at from outside: a plain ROUTER in the place of the server answers with the prefix of a real one.
+    """
+    up, down = [], []
+    with local_address(transport) as address, zmq.Context() as context:
         router = context.socket(zmq.ROUTER)
         router.rcvtimeo = int(1000 * PATIENCE_SECONDS)
-        router.bind(f"ipc://{folder}/ps")
-        worker = ZmqWorker(f"ipc://{folder}/ps", QUICK)
-        side = ServerSide(may_open=True)
+        router.bind(address)
+        worker = ZmqWorker(router.getsockopt_string(zmq.LAST_ENDPOINT), settings)
+        side = ServerSide(may_open=may_open)
         try:
-            seen = []
-            for _ in range(3):
+            for _ in range(4):
                 while not worker.send([b"header", content(1)]):
                     worker.recv(0.01)
                 peer, *frames = router.recv_multipart()
                 assert as_bytes(side.unpack(peer, list(frames))) == [b"header", content(1)]
-                seen.append(len(frames))
-                router.send_multipart([peer, *side.pack(peer, [b"answer"]).frames])
-                assert worker.recv(PATIENCE_SECONDS) == [b"answer"]
-            assert seen == [2, 2, 1]  # not yet offered, offered, agreed
+                up.append(sum(map(len, frames)) // LARGE)
+                packed = side.pack(peer, [b"answer", content(2)])
+                router.send_multipart([peer, *packed.frames])
+                assert as_bytes(worker.recv(PATIENCE_SECONDS)) == [b"answer", content(2)]
+                down.append(sum(len(memoryview(frame)) for frame in packed.frames) // LARGE)
         finally:
             worker.close()
             router.close(0)
+    return up, down
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_large_frames_do_not_cross_the_socket_between_two_ends_on_one_machine(transport: str) -> None:
+    assert crossed(transport, QUICK) == ([1, 1, 0, 0], [1, 0, 0, 0])  # not yet offered, offered, agreed
+
+
+def test_a_worker_offers_no_memory_to_a_server_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(host: str) -> bool:
+        asked.append(host)
+        return False
+
+    monkeypatch.setattr(zeromq_module, "is_of_this_machine", refuse)
+    assert crossed("tcp", QUICK) == ([1] * 4, [1] * 4)
+    assert asked == ["127.0.0.1"]  # of who has answered, and once
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_who_wants_to_know_what_a_socket_does_gets_all_through_it(transport: str) -> None:
+    socket_alone = dataclasses.replace(QUICK, shares_memory=False)
+    assert crossed(transport, socket_alone) == ([1] * 4, [1] * 4)
+    with local_address(transport) as address:
+        for of_server, of_worker in ((QUICK, socket_alone), (socket_alone, QUICK)):
+            server = ZmqServer(address, of_server)
+            worker = ZmqWorker(server.address, of_worker)
+            num_before = mappings()
+            try:
+                for _ in range(4):
+                    exchange(server, worker, [b"header", content(1)])
+                assert mappings() == num_before + (of_worker is QUICK)  # made and not taken
+            finally:
+                worker.close()
+                server.close()
+
+
+def test_an_offer_behind_a_forwarded_port_of_another_machine_is_not_taken() -> None:
+    """As of a worker that speaks to a local port of ssh -L: what it names is nothing, or somebody else's, here."""
+    crossing = crossed("tcp", QUICK, may_open=False)
+    assert crossing == ([1] * 4, [1] * 4)
+
+
+def test_addresses_of_this_machine() -> None:
+    for own in ("127.0.0.1", "127.1.2.3"):
+        assert is_of_this_machine(own)
+    for other in ("192.0.2.1", "203.0.113.7", "2001:db8::1", "", "None", "localhost", "127.0.0.1:5555"):
+        assert not is_of_this_machine(other), other
+    with contextlib.suppress(OSError):  # a machine may have no IPv6
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
+        assert is_of_this_machine("::1")
 
 
 KILLED = """
@@ -614,12 +693,13 @@ time.sleep(60)
 """
 
 
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
 def test_what_a_killed_worker_has_sent_is_still_there_and_its_memory_goes_with_it(
-    monkeypatch: pytest.MonkeyPatch,
+    transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_before = mappings()
-    with TemporaryDirectory(prefix="msfl") as folder:
-        server = ZmqServer(f"ipc://{folder}/ps", QUICK)
+    with local_address(transport) as address:
+        server = ZmqServer(address, QUICK)
         command = [sys.executable, "-c", KILLED, server.address]
         with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as process:
             try:

@@ -1,4 +1,4 @@
-"""Which addresses ZeroMQ gets to see, and what to say when it cannot bind one.
+"""Which addresses ZeroMQ gets to see, which of them are this machine's, and what to say when it cannot bind one.
 
 libzmq reads port 99999 as 34463 and 80x as 80, and deletes whatever lies at an ipc path: both are checked here first.
 """
@@ -64,3 +64,15 @@ def check_ipc_path(address: str) -> None:
         except OSError:
             return  # left behind by a process that is gone
     raise TransportError(f"cannot bind '{address}': {BIND_HELP[errno.EADDRINUSE][1]}")
+
+
+def is_of_this_machine(host: str) -> bool:
+    """Whether this numeric address, IPv4 or IPv6, is one of this machine's own: nobody can bind another's."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        family, kind, _, _, own = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(own)
+    except OSError:
+        return False
+    return True

@@ -23,6 +23,8 @@ class LinkSettings:
             machines that were frozen or unplugged while nobody waited for them.
         reconnect_seconds: first pause before connecting again; doubled up to max_reconnect_seconds.
         max_reconnect_seconds: longest pause between two attempts.
+        shares_memory: between two ends on one machine large frames lie in memory that both map (shared.py), whatever
+            the address. False: they cross the socket, as between two machines; for who wants to measure that.
     """
 
     linger_seconds: float = 2.0
@@ -31,6 +33,7 @@ class LinkSettings:
     heartbeat_timeout_seconds: float = 300.0
     reconnect_seconds: float = 0.1
     max_reconnect_seconds: float = 2.0
+    shares_memory: bool = True
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.heartbeat_timeout_seconds <= 6553.0:  # libzmq sends it as 16 bits of 0.1 s

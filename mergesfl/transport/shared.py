@@ -1,8 +1,9 @@
 """Memory that a worker and the server of one machine have in common: large frames lie there and not in the socket.
 
 A socket costs the kernel's two copies of every byte; what lies in common memory is copied once, by its sender, and read
-where it lies. Over ipc:// only, on Linux, between processes of one user; else, and whenever there is no room, frames
-take the socket. Nobody turns it on or off, and no bit of any result depends on it.
+where it lies. On Linux, between processes of one user, over ipc:// and over tcp:// to an address of this machine; else,
+and whenever there is no room, frames take the socket. No bit of any result depends on it. It goes by itself; who wants
+to know what a socket does turns it off (LinkSettings.shares_memory).
 
 The memory is the worker's (sealed.py), one for each endpoint. One half is written by the worker and read by the server
 (up), the other the other way round (down):
@@ -10,11 +11,12 @@ The memory is the worker's (sealed.py), one for each endpoint. One half is writt
     0                     UP_BEGIN            UP_BEGIN + AREA_BYTES      MEMORY_BYTES
     | nonce, u8 opened    | up                | down                       |
 
-Once it has heard of the server, the worker offers its memory in front of its headers: process, file descriptor, nonce.
-A server that can open /proc/PID/fd/FD and finds the nonce there has the same memory, and says so by the same nonce in
-front of its own next header; then both use it. Every prefix repeats the offer, so that a server that was started anew
-can read what comes. It finds the byte `opened` set by its predecessor, whose frames may still be read, and writes
-nothing. A prefix is, little-endian,
+Once it has heard of the server, the worker offers its memory in front of its headers: nonce, process, file descriptor.
+A server that can open /proc/PID/fd/FD and finds the nonce there has the same memory, and says so by the same opening in
+front of its own next header; then both use it. That both are on one machine is proved by the nonce alone: it is random,
+and it crosses no network, as a worker offers it to addresses of its own machine only. Every prefix repeats the offer,
+so that a server that was started anew can read what comes. It finds the byte `opened` set by its predecessor, whose
+frames may still be read, and writes nothing. A prefix is, little-endian,
 
     u8 0xC1 (which begins no msgpack) | 16 bytes nonce | u32 pid | u32 fd | u16 freed | u16 placed
     u64 offset                         of each frame that the sender has let go of: its place is free again
@@ -22,9 +24,9 @@ nothing. A prefix is, little-endian,
 
 A frame is let go of when nothing of this process views it any more; the next message to its sender says so, and its
 place is used again. The places of messages that are lost with a connection or a server stay taken until the worker's
-endpoint is closed. All numbers are checked by who reads them. What is read in place may be changed by the peer
-meanwhile: who could do so runs as the same user and could as well write into this process's files. What is small
-travels in the header (protocol/layout.py), which is a copy.
+endpoint is closed. All numbers are checked by who reads them: over TCP anybody may send some. What is read in place may
+be changed by the peer meanwhile: who could do so runs as the same user and could as well write into this process's
+files. What is small travels in the header (protocol/layout.py), which is a copy.
 
 All [ours].
 """
@@ -62,9 +64,8 @@ MAX_MEMORIES = 1024
 # What a worker has sent before it closed may be unread for a while yet. [ours]
 SWEEP_SECONDS, CLOSED_SECONDS = 1.0, 10.0
 
-_BEGIN = f"<c{NONCE_BYTES}sIIHH"
+_OPENING = struct.Struct(f"<c{NONCE_BYTES}sII")
 _COUNTS = struct.Struct("<HH")
-_COUNTS_BEGIN = struct.calcsize(_BEGIN) - _COUNTS.size
 
 Bytes = NDArray[np.uint8]
 
@@ -72,8 +73,9 @@ log = logging.getLogger("transport")
 
 
 @functools.lru_cache(64)
-def _prefix(num_freed: int, num_placed: int) -> struct.Struct:
-    return struct.Struct(f"{_BEGIN}{num_freed}Q{num_placed * 'HQQ'}")
+def _numbers(num_freed: int, num_placed: int) -> struct.Struct:
+    """What follows the opening."""
+    return struct.Struct(f"<HH{num_freed}Q{num_placed * 'HQQ'}")
 
 
 class Packed(NamedTuple):
@@ -82,6 +84,29 @@ class Packed(NamedTuple):
     frames: Sequence[Frame]
     placed: Sequence[int] = ()  # offsets
     freed: Sequence[int] = ()
+
+
+class Prefix(NamedTuple):
+    """What stands in front of a header, without the opening, and the header."""
+
+    freed: tuple[int, ...]  # offsets
+    placed: tuple[int, ...]  # index, offset, bytes, and so on
+    header: bytes
+
+    @staticmethod
+    def of(first: bytes) -> Prefix | None:
+        """None: not a whole one."""
+        if len(first) < _OPENING.size + _COUNTS.size:
+            return None
+        num_freed, num_placed = _COUNTS.unpack_from(first, _OPENING.size)
+        if num_freed > MAX_PLACED or num_placed > MAX_PLACED:
+            return None
+        form = _numbers(num_freed, num_placed)
+        begin = _OPENING.size + form.size
+        if len(first) < begin:
+            return None
+        numbers = form.unpack_from(first, _OPENING.size)
+        return Prefix(numbers[2 : 2 + num_freed], numbers[2 + num_freed :], first[begin:])
 
 
 class SharedMemory:
@@ -95,7 +120,7 @@ class SharedMemory:
     """
 
     def __init__(self, memory: mmap.mmap, source: Source, sends_up: bool, may_place: bool) -> None:
-        self.nonce = memory[:NONCE_BYTES]
+        self.opening = _OPENING.pack(MARK, memory[:NONCE_BYTES], *source)  # of every prefix
         self.source = source
         self.may_place = may_place
         self._has_told = False  # the other end that it may; until then every header has a prefix
@@ -108,11 +133,12 @@ class SharedMemory:
 
     def pack(self, frames: Sequence[Frame]) -> Packed:
         """The message, with a prefix if there is anything to say; large frames are in the memory, if they find room."""
-        if len(frames) == 1 and self._has_told and not self._let_go:
+        let_go = self._let_go
+        if len(frames) == 1 and self._has_told and not let_go:
             return Packed(frames)
         freed: list[int] = []
-        while self._let_go and len(freed) < MAX_PLACED:
-            freed.append(self._let_go.popleft())
+        while let_go and len(freed) < MAX_PLACED:
+            freed.append(let_go.popleft())
         left: list[Frame] = [frames[0]]
         placed: list[int] = []
         entries: list[int] = []
@@ -127,9 +153,8 @@ class SharedMemory:
                 entries += (index, offset, num_bytes)
         if freed or placed or not self._has_told:
             self._has_told = self.may_place
-            begin = _prefix(len(freed), len(placed))
-            numbers = (*self.source, len(freed), len(placed), *freed, *entries)
-            left[0] = begin.pack(MARK, self.nonce, *numbers) + bytes(frames[0])
+            counts = len(freed), len(placed)
+            left[0] = b"".join((self.opening, _numbers(*counts).pack(*counts, *freed, *entries), frames[0]))
         return Packed(left, placed, freed)
 
     def take_back(self, packed: Packed) -> None:
@@ -139,29 +164,41 @@ class SharedMemory:
         for offset in packed.placed:
             self._area.free(offset)
 
-    def unpack(self, prefix: Prefix, frames: Sequence[Frame]) -> list[Frame] | None:
-        """The message without its prefix, frames in the memory as views; None: it names what is no place of a frame."""
-        if len(self._views) + len(self._let_go) + len(prefix.placed) > MAX_PLACED:
-            return None  # more than the sender has places
+    def unpack(self, frames: list[Frame]) -> list[Frame]:
+        """The message without its prefix, frames in the memory as views; as it came if that names what is no place.
+
+        Args:
+            frames: a message that begins with the opening.
+        """
+        prefix = Prefix.of(bytes(frames[0]))
+        if prefix is None:
+            return frames
+        placed = prefix.placed
+        views = self._views
+        if len(views) + len(self._let_go) + len(placed) // 3 > MAX_PLACED:
+            return frames  # more than the sender has places
         whole: list[Frame] = [prefix.header]
-        end = self._read_begin + AREA_BYTES
-        plain = iter(frames[1:])
-        for index, offset, num_bytes in prefix.placed:
-            if not (self._read_begin <= offset and 0 < num_bytes <= end - offset) or offset % ALIGNMENT_BYTES:
-                return None
-            while len(whole) < index and (frame := next(plain, None)) is not None:
-                whole.append(frame)
-            if len(whole) != index or offset in self._views:
-                return None
+        begin, end = self._read_begin, self._read_begin + AREA_BYTES
+        num_plain = 1  # frames that are in the message already
+        for place in range(0, len(placed), 3):
+            index, offset, num_bytes = placed[place : place + 3]
+            if not (begin <= offset and 0 < num_bytes <= end - offset) or offset % ALIGNMENT_BYTES or offset in views:
+                return frames
+            while len(whole) < index and num_plain < len(frames):
+                whole.append(frames[num_plain])
+                num_plain += 1
+            if len(whole) != index:
+                return frames
             whole.append(self._view(offset, num_bytes))
-        whole += plain
+        if num_plain < len(frames):
+            whole += frames[num_plain:]
         for offset in prefix.freed:
             self._area.free(offset)
         return whole
 
     def _view(self, offset: int, num_bytes: int) -> memoryview:
         # An array straight of the memory: numpy makes the base of an array of an array's part the whole array, and what
-        # was made of this one would not hold it.
+        # was made of this one would not hold it. Of memory that is read-only by itself torch could borrow nothing.
         view = np.frombuffer(self._memory, np.uint8, num_bytes, offset)
         view.setflags(write=False)
         self._views[offset] = weakref.ref(view, functools.partial(_let_go, self._views, self._let_go, offset))
@@ -172,28 +209,6 @@ def _let_go(views: dict[int, weakref.ref[Bytes]], offsets: deque[int], offset: i
     """The last that viewed the frame is gone."""
     del views[offset]
     offsets.append(offset)
-
-
-class Prefix(NamedTuple):
-    """What stands in front of a header, and the header."""
-
-    nonce: bytes
-    source: Source
-    freed: list[int]
-    placed: list[tuple[int, int, int]]  # index, offset, bytes
-    header: bytes
-
-    @staticmethod
-    def of(first: Frame) -> Prefix | None:
-        """None: there is none, or not a whole one."""
-        if first[:1] != MARK or len(first) < _COUNTS_BEGIN + _COUNTS.size:
-            return None
-        num_freed, num_placed = _COUNTS.unpack_from(first, _COUNTS_BEGIN)
-        if max(num_freed, num_placed) > MAX_PLACED or len(first) < (begin := _prefix(num_freed, num_placed)).size:
-            return None
-        _, nonce, pid, fd, _, _, *numbers = begin.unpack_from(first)
-        freed, entries = numbers[:num_freed], iter(numbers[num_freed:])
-        return Prefix(nonce, (pid, fd), freed, list(zip(*[entries] * 3, strict=True)), bytes(first[begin.size :]))
 
 
 class WorkerSide:
@@ -227,10 +242,9 @@ class WorkerSide:
 
     def unpack(self, frames: list[Frame]) -> list[Frame]:
         """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
-        prefix = Prefix.of(frames[0])
-        if prefix is not None and prefix.nonce == self._shared.nonce:
+        if frames[0][:1] == MARK and bytes(frames[0]).startswith(self._shared.opening):
             self._shared.may_place = self._is_offering = True
-            return self._shared.unpack(prefix, frames) or frames
+            return self._shared.unpack(frames)
         if not self._shared.may_place:
             self._num_unanswered += self._has_offered
             self._is_offering = self._num_unanswered < MAX_UNANSWERED
@@ -241,8 +255,7 @@ class ServerSide:
     """The memories of all workers that a server's endpoint has opened.
 
     Args:
-        may_open: the endpoint is one of this machine (ipc). Another takes no offer; but somebody may have forwarded
-            a UNIX socket to it, and then offers do arrive.
+        may_open: takes offers. Else they may arrive all the same, and all else is in the socket.
     """
 
     def __init__(self, may_open: bool) -> None:
@@ -267,18 +280,19 @@ class ServerSide:
         None: it lies in memory that cannot be opened (any more), and is lost. Its worker is gone, or has spoken with
         a server before this one, and will find that its session is unknown.
         """
-        prefix = Prefix.of(frames[0])
-        if prefix is None:
+        if frames[0][:1] != MARK:
             return frames
+        first = bytes(frames[0])
         known = self._memories.get(peer)
-        if known is None or known[0].nonce != prefix.nonce:
-            known = self._opened(prefix) if self._may_open else None
-            if known is None and prefix.placed:
-                return None
+        if known is None or not first.startswith(known[0].opening):
+            prefix = Prefix.of(first)
+            if prefix is None:
+                return frames
+            known = self._opened(first) if self._may_open else None
             if known is None:  # no more than an offer, which is not taken
-                return [prefix.header, *frames[1:]]
+                return None if prefix.placed else [prefix.header, *frames[1:]]
             self._memories[peer] = known
-        return known[0].unpack(prefix, frames) or frames
+        return known[0].unpack(frames)
 
     def sweep(self, now_seconds: float) -> None:
         """To be called often: lets go, from time to time, of memory that its worker has closed some time ago."""
@@ -291,13 +305,14 @@ class ServerSide:
             elif now_seconds - self._closed_since.setdefault(peer, now_seconds) >= CLOSED_SECONDS:
                 del self._memories[peer], self._closed_since[peer]
 
-    def _opened(self, prefix: Prefix) -> tuple[SharedMemory, Identity] | None:
+    def _opened(self, first: bytes) -> tuple[SharedMemory, Identity] | None:
+        _, nonce, pid, handle = _OPENING.unpack_from(first)
         if len(self._memories) >= min(MAX_MEMORIES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8):
             return None
         try:
-            memory, identity = open_memory(prefix.source, MEMORY_BYTES, prefix.nonce)
+            memory, identity = open_memory((pid, handle), MEMORY_BYTES, nonce)
         except (OSError, ValueError) as error:  # of another container or user, of nobody ...
-            log.debug("no memory in common with process %d: %s", prefix.source[0], error)
+            log.debug("no memory in common with process %d: %s", pid, error)
             return None
         was_opened, memory[NONCE_BYTES] = memory[NONCE_BYTES], 1
-        return SharedMemory(memory, prefix.source, sends_up=False, may_place=not was_opened), identity
+        return SharedMemory(memory, (pid, handle), sends_up=False, may_place=not was_opened), identity

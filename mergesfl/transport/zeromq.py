@@ -10,7 +10,7 @@ small, and to view it would cost more), the others are views. An endpoint is use
 
 The server's memory for one peer is bounded by SERVER_UNREAD_MESSAGES messages, each of frames up to
 Limits.max_message_bytes (a peer that exceeds that is disconnected at once). An honest message is that large in all its
-frames together. The first frame of the message that is being read is there twice, libzmq's and our copy. Over ipc
+frames together. The first frame of the message that is being read is there twice, libzmq's and our copy. On one machine
 large frames take the way of shared.py instead, in memory of the worker's: as much as was on the way at a time, twice
 AREA_BYTES at most, until its endpoint is closed.
 """
@@ -22,13 +22,15 @@ import math
 import os
 import time
 import weakref
+from collections.abc import Callable
+from typing import cast
 
 import zmq
 
 from mergesfl.errors import ConfigError, LocalProtocolError, TransportError
 from mergesfl.protocol.layout import Frame, frame_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits
-from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path
+from mergesfl.transport.addresses import BIND_HELP, check_address, check_ipc_path, is_of_this_machine
 from mergesfl.transport.base import Frames
 from mergesfl.transport.settings import DEFAULT_LINK, LinkSettings
 from mergesfl.transport.shared import Packed, ServerSide, WorkerSide
@@ -48,7 +50,7 @@ SEND_LENT_BYTES = 1 << 19
 
 # Plain ints: to combine zmq's own flags costs a microsecond each time, and there are some per frame.
 _LAST_FRAME, _MORE_FRAMES = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
-_EVENTS, _CAN_SEND, _RECEIVE_TIMEOUT = int(zmq.EVENTS), int(zmq.POLLOUT), int(zmq.RCVTIMEO)
+_EVENTS, _RECEIVE_TIMEOUT = int(zmq.EVENTS), int(zmq.RCVTIMEO)
 
 
 class _Endpoint:
@@ -59,7 +61,11 @@ class _Endpoint:
         self._limits = limits
         self._settings = settings
         self._timeout_seconds: float | None = None  # that the socket has for receiving
+        self._asks_who = False  # the next message is the first that may tell where the peer is
         self._socket = (own or context or zmq.Context()).socket(socket_type)
+        # What is called for every frame, looked up once; of sending the part without what only draft sockets have.
+        self._send = cast(Callable[[Frame, int, bool], object], super(zmq.Socket, self._socket).send)
+        self._recv, self._getsockopt = self._socket.recv, self._socket.getsockopt
         for option, value in {
             zmq.LINGER: _milliseconds(settings.linger_seconds),
             zmq.SNDHWM: settings.max_queued_messages,
@@ -86,17 +92,19 @@ class _Endpoint:
         Of a message with more frames than the limit the rest is dropped, and one more than the limit handed up: the
         codec refuses it.
         """
-        socket, envelope = self._socket, b""
+        recv, envelope = self._recv, b""
         try:
             if timeout_seconds != self._timeout_seconds:
-                socket.setsockopt(_RECEIVE_TIMEOUT, _milliseconds(timeout_seconds))
+                self._socket.setsockopt(_RECEIVE_TIMEOUT, _milliseconds(timeout_seconds))
                 self._timeout_seconds = timeout_seconds
             if has_envelope:
-                envelope = socket.recv()  # a message has one frame at least beside it, and arrives whole
-            part = socket.recv(copy=False)
+                envelope = recv()  # a message has one frame at least beside it, and arrives whole
+            part = recv(0, copy=False)
+            if self._asks_who:
+                self._hear_of(part)
             frames: list[Frame] = [part.bytes]
             while part.more:
-                part = socket.recv(copy=False)
+                part = recv(0, copy=False)
                 if len(frames) <= self._limits.max_frames:
                     frames.append(part.buffer)
         except zmq.Again:
@@ -106,6 +114,9 @@ class _Endpoint:
                 f"cannot receive: {error}; the endpoint is closed or broken, make a new one"
             ) from error
         return envelope, frames
+
+    def _hear_of(self, part: zmq.Frame) -> None:
+        """The first frame that has come from the peer."""
 
 
 class ZmqServer(_Endpoint):
@@ -126,7 +137,7 @@ class ZmqServer(_Endpoint):
         check_address(address, wildcard=True)
         check_ipc_path(address)
         super().__init__(zmq.ROUTER, settings, context, limits)
-        self._shared = ServerSide(may_open=address.startswith("ipc://"))
+        self._shared = ServerSide(may_open=settings.shares_memory)
         self._socket.setsockopt(zmq.RCVHWM, min(settings.max_queued_messages, SERVER_UNREAD_MESSAGES))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an absent peer is an error, not silence
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again keeps its name
@@ -151,14 +162,17 @@ class ZmqServer(_Endpoint):
         """
         _check_frames(frames)
         packed = self._shared.pack(peer, frames)
+        send, num_left = self._send, len(packed.frames)
         try:
-            self._socket.getsockopt(_EVENTS)  # makes libzmq look at what has happened: who has gone, who has read
             # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
-            self._socket.send(peer, _MORE_FRAMES)
-            num_left = len(packed.frames)
+            try:
+                send(peer, _MORE_FRAMES, True)
+            except zmq.Again:
+                self._getsockopt(_EVENTS)  # makes libzmq look, which it does once in 1 to 3 ms by itself: who has read
+                send(peer, _MORE_FRAMES, True)
             for frame in packed.frames:
                 num_left -= 1
-                _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
+                send(frame, _MORE_FRAMES if num_left else _LAST_FRAME, frame_bytes(frame) < SEND_LENT_BYTES)
         except zmq.Again as error:
             self._shared.take_back(peer, packed)
             limit = self._settings.max_queued_messages
@@ -211,9 +225,8 @@ class ZmqWorker(_Endpoint):
         check_address(address, wildcard=False)
         super().__init__(zmq.DEALER, settings, context, limits)
         self._shared: WorkerSide | None = None
-        if address.startswith("ipc://"):
-            with contextlib.suppress(OSError):  # then the socket carries all
-                self._shared = WorkerSide()
+        self._asks_who = settings.shares_memory
+        self._is_ipc = address.startswith("ipc://")
         self._socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))  # must not begin with a zero byte
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only where there is a connection
         try:
@@ -230,18 +243,15 @@ class ZmqWorker(_Endpoint):
             TransportError: this endpoint is closed.
         """
         _check_frames(frames)
-        packed = Packed(frames)
-        sent = True
+        send, packed, sent = self._send, Packed(frames), True
         try:
-            if not int(self._socket.getsockopt(_EVENTS)) & _CAN_SEND:  # also makes libzmq look at what has happened
-                return False
             if self._shared is not None:
                 packed = self._shared.pack(frames)
             num_left = len(packed.frames)
             for frame in packed.frames:
                 num_left -= 1
                 try:
-                    _send_frame(self._socket, frame, _MORE_FRAMES if num_left else _LAST_FRAME)
+                    send(frame, _MORE_FRAMES if num_left else _LAST_FRAME, frame_bytes(frame) < SEND_LENT_BYTES)
                 except zmq.Again:
                     if num_left == len(packed.frames) - 1:
                         sent = False
@@ -267,6 +277,13 @@ class ZmqWorker(_Endpoint):
             return None
         return arrived[1] if self._shared is None else self._shared.unpack(arrived[1])
 
+    def _hear_of(self, part: zmq.Frame) -> None:
+        """Of a server on this machine: memory is made for both."""
+        self._asks_who = False
+        with contextlib.suppress(OSError, zmq.ZMQError):  # none to be had, or no address: the socket carries all
+            if self._is_ipc or is_of_this_machine(str(part.get("Peer-Address"))):
+                self._shared = WorkerSide()
+
     def close(self) -> None:
         """Closes the socket and takes the offer of memory back."""
         super().close()
@@ -279,10 +296,6 @@ def _shut(socket: zmq.Socket[bytes], own_context: Context | None) -> None:
     socket.close()
     if own_context is not None:
         own_context.term()
-
-
-def _send_frame(socket: zmq.Socket[bytes], frame: Frame, flags: int) -> None:
-    socket.send(frame, flags, copy=frame_bytes(frame) < SEND_LENT_BYTES)
 
 
 def _milliseconds(seconds: float) -> int:
