@@ -6,14 +6,16 @@ which only view it, answer the bytes of the first message of the same size. To p
 be cheaper, and no server with a model does that.
 
 Bare pyzmq sends three frames up and two down, with copy=False: pyzmq copies what is below 64 KiB and lends the rest.
-Ours copies more, and small tensors travel in its header: at 4 KiB it sends one frame each way, above two. Over ipc its
-tensors from 32 KiB up lie in memory that both ends map (mergesfl/transport/shared.py), as in every run over ipc; those
-of the others cross the socket. The processes of all keep freed memory, as those of a run.
+Ours copies more, and small tensors travel in its header: at 4 KiB it sends one frame each way, above two. Its tensors
+from 32 KiB up lie in memory that both ends map (mergesfl/transport/shared.py), as in every run on one machine; those of
+the others cross the socket, and those of "ours by socket", which is what ours does between two machines. The processes
+of all keep freed memory, as those of a run.
 `python -m benchmarks.micro.peers NAME ADDRESS` is the server; it prints where it listens and ends with its parent.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +33,7 @@ from mergesfl.errors import ConfigError
 from mergesfl.parts import MAX_PARTS_PER_STEP
 from mergesfl.protocol.messages import PROTOCOL_VERSION, Assign, Features, Gradient, Ready, Register, Welcome
 from mergesfl.runtime.clock import WallClock
-from mergesfl.transport import bind, connect
+from mergesfl.transport import DEFAULT_LINK, LinkSettings, bind, connect
 from ps.fleet import Fleet
 from ps.switchboard import Switchboard
 from workers.link import Link
@@ -41,6 +43,7 @@ ROUND_NUM = 1
 ENDLESS_STEPS = 1 << 40
 NUM_IN_FLIGHT = MAX_PARTS_PER_STEP  # messages of a burst: as many as a worker may have on the way
 BATCH_SIZE = 16  # d: samples of one message
+BY_SOCKET = LinkSettings(shares_memory=False)
 _GRPC_METHOD = "/bench/exchange"
 _GRPC_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
@@ -78,9 +81,9 @@ class Client(Protocol):
 class OurWorker:
     """Our protocol whole: records, codec, session and link, as a worker has them, in a round without end."""
 
-    def __init__(self, address: str, num_parts: int) -> None:
+    def __init__(self, address: str, num_parts: int, settings: LinkSettings) -> None:
         self._num_parts = num_parts  # of a step; the server reads it in the worker's name
-        self.link = Link(connect(address), WallClock(), lambda: None)
+        self.link = Link(connect(address, settings), WallClock(), lambda: None)
         self._step = 0
         self.link.send(Register(str(num_parts), PROTOCOL_VERSION, "cpu", {}, 1, (1,), ("0",), (1,)))
         assert isinstance(self.link.receive(), Welcome)
@@ -103,8 +106,8 @@ class OurWorker:
 class OurClient:
     """Two workers, one with steps of one message and one with steps in parts."""
 
-    def __init__(self, address: str) -> None:
-        self._one, self._many = (OurWorker(address, num_parts) for num_parts in (1, NUM_IN_FLIGHT))
+    def __init__(self, address: str, settings: LinkSettings = DEFAULT_LINK) -> None:
+        self._one, self._many = (OurWorker(address, num_parts, settings) for num_parts in (1, NUM_IN_FLIGHT))
 
     def exchange(self, features: Array, labels: Array) -> object:
         """A step."""
@@ -285,6 +288,7 @@ class Contestant:
 BARE = "bare pyzmq"  # what all others are compared with
 CONTESTANTS: Mapping[str, Contestant] = {
     "ours": Contestant(OurClient, serve_ours),
+    "ours by socket": Contestant(functools.partial(OurClient, settings=BY_SOCKET), serve_ours),
     BARE: Contestant(BareClient, serve_bare),
     "pickle": Contestant(PickleClient, serve_pickle),
     "pickle torch": Contestant(PickleTorchClient, serve_pickle),
