@@ -86,6 +86,14 @@ class _Endpoint:
         """Closes the socket, and the context if it is our own; returns after the linger time at the latest."""
         self._shut()
 
+    def _send_first(self, frame: Frame, flags: int, copy: bool) -> object:
+        """Raises zmq.Again: really no room. Of what was read libzmq hears once in 1 to 3 ms, or when it is asked."""
+        try:
+            return self._send(frame, flags, copy)
+        except zmq.Again:
+            self._getsockopt(_EVENTS)
+            return self._send(frame, flags, copy)
+
     def _receive(self, timeout_seconds: float, has_envelope: bool) -> tuple[bytes, list[Frame]] | None:
         """The envelope of the next message, if it has one, and its frames; each view keeps its frame alive.
 
@@ -165,11 +173,7 @@ class ZmqServer(_Endpoint):
         send, num_left = self._send, len(packed.frames)
         try:
             # The only call that a full or absent peer can make fail: see zmq_socket(3), ZMQ_ROUTER.
-            try:
-                send(peer, _MORE_FRAMES, True)
-            except zmq.Again:
-                self._getsockopt(_EVENTS)  # makes libzmq look, which it does once in 1 to 3 ms by itself: who has read
-                send(peer, _MORE_FRAMES, True)
+            self._send_first(peer, _MORE_FRAMES, True)
             for frame in packed.frames:
                 num_left -= 1
                 send(frame, _MORE_FRAMES if num_left else _LAST_FRAME, frame_bytes(frame) < SEND_LENT_BYTES)
@@ -243,23 +247,24 @@ class ZmqWorker(_Endpoint):
             TransportError: this endpoint is closed.
         """
         _check_frames(frames)
-        send, packed, sent = self._send, Packed(frames), True
+        packed, sent, is_first = Packed(frames), True, True
         try:
             if self._shared is not None:
                 packed = self._shared.pack(frames)
             num_left = len(packed.frames)
             for frame in packed.frames:
                 num_left -= 1
+                send = self._send_first if is_first else self._send
                 try:
                     send(frame, _MORE_FRAMES if num_left else _LAST_FRAME, frame_bytes(frame) < SEND_LENT_BYTES)
                 except zmq.Again:
-                    if num_left == len(packed.frames) - 1:
-                        sent = False
+                    sent = False
+                    if is_first:
                         break
                     # The link broke in the middle of the message. libzmq forgets what it has of it and swallows what
                     # still comes up to its last frame (lb.cpp, _dropping). So go on; else it would swallow the next
                     # message too.
-                    sent = False
+                is_first = False
         except zmq.ZMQError as error:
             raise TransportError(f"cannot send: {error}; the endpoint is closed or broken, make a new one") from error
         if self._shared is not None and not sent:
