@@ -30,7 +30,7 @@ from mergesfl.protocol.messages import (
     Update,
     Welcome,
 )
-from mergesfl.protocol.session import Arrival, Role, Session
+from mergesfl.protocol.session import STALE, Role, Session
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.patience import REAL, Patience
 from mergesfl.runtime.process import EXIT_INTERRUPTED
@@ -138,9 +138,12 @@ class Switchboard:
         try:
             message = decode(frames)
             member.silent = False
-            if member.session.receive(message) is Arrival.STALE:
+            if member.session.receive(message) is STALE:
                 return None  # it crossed a Release on the wire
-            return self._handle_member(member, message)
+            if isinstance(message, _ROUND_MESSAGES):
+                return member, message
+            self._handle_member(member, message)
+            return None
         except RemoteProtocolError as error:
             self.num_refused_messages += 1
             self.expel(member, error)
@@ -261,9 +264,7 @@ class Switchboard:
         member.registered_seconds = self._clock.now_seconds()
         self.send(member, self._welcome)
 
-    def _handle_member(self, member: Member, message: Message) -> tuple[Member, RoundMessage] | None:
-        if isinstance(message, _ROUND_MESSAGES):
-            return member, message
+    def _handle_member(self, member: Member, message: Message) -> None:
         if isinstance(message, Ping):
             self.send(member, Pong())
         elif isinstance(message, Ready):
@@ -277,7 +278,6 @@ class Switchboard:
         elif isinstance(message, Leave):
             log.info("worker '%s' left: %s", member.worker_id, message.reason)
             self._fleet.remove(member, f"left: {message.reason}")
-        return None
 
     def _answer(self, peer: bytes, message: Message) -> None:
         """One message to a peer without a session; it does not matter if it is gone."""
