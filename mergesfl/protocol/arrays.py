@@ -72,6 +72,11 @@ def extent_of(type_name: object, dimensions: object, channels_last: object, limi
     return _extent(DTYPES[type_name], checked_shape, channels_last, limits)
 
 
+def is_in_order(array: Array, extent: Extent) -> bool:
+    """Whether the array's memory is what is sent of it: follows from its type, shape and strides."""
+    return array.flags.c_contiguous and array.dtype == extent.dtype
+
+
 def as_it_lies(array: Array, extent: Extent) -> Array:
     """The array as a C-contiguous one of the memory shape, little-endian; copied only if it is not already so."""
     plain = array.transpose(_LAST) if extent.channels_last else array
@@ -83,16 +88,15 @@ def framed(frame: memoryview, extent: Extent) -> Array:
     if frame.nbytes != extent.num_bytes:
         found = f"tensor {extent.dtype} {list(extent.shape)} needs {extent.num_bytes} bytes"
         raise IllegalValue(f"{found}, its frame has {frame.nbytes}")
-    return viewed(frame, extent)
+    return viewed(frame.toreadonly(), extent)
 
 
 def viewed(data: memoryview | bytes, extent: Extent, offset: int = 0) -> Array:
-    """The read-only array of this extent in bytes that reach far enough. Raises IllegalValue."""
+    """The read-only array of this extent in read-only bytes that reach far enough. Raises IllegalValue."""
     dtype, _, memory_shape, channels_last, _ = extent
     array: Array = np.ndarray(memory_shape, dtype, data, offset)
-    if type(data) is not bytes:  # which never changes, and begins at a multiple of 16
-        if not array.flags.aligned:
-            array = array.copy()
+    if type(data) is not bytes and not array.flags.aligned:  # bytes begin at a multiple of 16
+        array = array.copy()
         array.setflags(write=False)
     if dtype is _BOOL and array.view(np.uint8).max(initial=0) > 1:
         raise IllegalValue("tensor of type bool with an element that is neither 0 nor 1")

@@ -27,8 +27,8 @@ import msgpack
 import numpy as np
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
-from mergesfl.protocol.arrays import as_it_lies, framed, is_channels_last, viewed
-from mergesfl.protocol.layout import Frame, Spec, announced, frame_bytes, layout_of, unpacked
+from mergesfl.protocol.arrays import as_it_lies, framed, viewed
+from mergesfl.protocol.layout import Frame, Layout, announced, keep, layout_of, unpacked
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
@@ -85,6 +85,7 @@ class _Format(NamedTuple):
 
     kind: str
     record: type[Message]
+    start: bytes  # of the header, before the values
     plain: tuple[str, ...]  # fields of the header: neither one tensor nor several
     rules: tuple[Rule, ...]  # of these
     bounds: tuple[tuple[type, float, float], ...]  # that say the same, if they are all of numbers; else none
@@ -92,7 +93,7 @@ class _Format(NamedTuple):
     arrays: tuple[str, ...]  # fields that are one tensor
     states: tuple[str, ...]  # fields that map names to tensors
     tensors: tuple[str, ...]  # both
-    check: Callable[[Any], None] | None  # the rule that knows more than one field
+    check: Callable[[Any], None] | None  # the rule that knows more than one field, of tensors' types and shapes
 
 
 def _check_features(message: Features) -> None:
@@ -126,16 +127,23 @@ def _format_of(kind: str, record: type[Message]) -> _Format:
     bounds = tuple(BOUNDS[rule] for rule in rules) if all(rule in BOUNDS for rule in rules) else ()
     plain_of = attrgetter(*plain) if len(plain) > 1 else lambda message: [getattr(message, name) for name in plain]
     check = _CHECKS.get(record)
-    return _Format(kind, record, plain, rules, bounds, plain_of, arrays, states, arrays + states, check)
+    start = b"\x95" + _PACK(PROTOCOL_VERSION) + _PACK(kind)  # an array of 5
+    return _Format(kind, record, start, plain, rules, bounds, plain_of, arrays, states, arrays + states, check)
 
-
-_FORMATS = {kind: _format_of(kind, record) for kind, record in KINDS.items()}
-_FORMAT_OF = {form.record: form for form in _FORMATS.values()}
 
 # One packer for all, because to make one costs more than to use it: a call of the one in C holds the interpreter's lock
 # throughout. msgpack's fallback in Python does not, and threads would write into each other's message.
 _IS_FALLBACK = msgpack.Packer.__module__ == "msgpack.fallback"
 _PACK = functools.partial(msgpack.packb, use_bin_type=True) if _IS_FALLBACK else msgpack.Packer(use_bin_type=True).pack
+
+_FORMATS = {kind: _format_of(kind, record) for kind, record in KINDS.items()}
+_FORMAT_OF = {form.record: form for form in _FORMATS.values()}
+
+# Layouts of messages that were legal in all that types, shapes and names of tensors tell: what remains to be checked of
+# another one with the same is what it holds. Sent ones by kind, types, shapes, strides and names, received ones by kind
+# and specs.
+_SENT: dict[tuple[object, ...], Layout] = {}
+_RECEIVED: dict[tuple[str, bytes], Layout] = {}
 
 
 def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
@@ -182,91 +190,134 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
 def _encode(form: _Format, message: Message, limits: Limits) -> list[Frame]:
     values = _ruled(form, form.plain_of(message), limits)
     arrays: list[Array] = []
-    specs: list[Spec] = []
+    known_by: list[object] = [form.kind]
     for field in form.arrays:
-        _add(field, "", getattr(message, field), arrays, specs)
+        array = getattr(message, field)
+        if not isinstance(array, np.ndarray):
+            raise _no_array(field, array)
+        arrays.append(array)
+        known_by += (array.dtype, array.shape, array.strides)
     for field in form.states:
         state = getattr(message, field)
         if type(state) is not dict and not isinstance(state, Mapping):
             raise IllegalValue(f"{field} is {shown(state)}, expected a mapping")
         for key in state:
-            _add(field, key, state[key], arrays, specs)
-    packed, places, _, num_frames, num_frame_bytes = layout_of(tuple(specs), limits)
-    if form.check is not None:
-        form.check(message)
+            array = state[key]
+            if not isinstance(array, np.ndarray):
+                raise _no_array(f"{field} {key}", array)
+            arrays.append(array)
+            known_by += (field, key, array.dtype, array.shape, array.strides)
+    known = tuple(known_by)
+    layout = _SENT.get(known) if limits is DEFAULT else None
+    if layout is None:
+        layout = _checked_layout(form, message, arrays, limits)
+        if limits is DEFAULT:
+            keep(_SENT, known, layout)
+    announcement, places, _, num_frames, num_frame_bytes = layout
     frames: list[Frame] = [b""]
-    small: list[Any] = []  # arrays and padding: what join takes
-    for (_, _, extent, offset, padding), array in zip(places, arrays, strict=True):
-        plain = as_it_lies(array, extent)
+    parts: list[Any] = [form.start, _PACK(values), announcement]  # of the header: what join takes
+    for array, (_, _, extent, offset, padding, is_in_order) in zip(arrays, places):  # noqa: B905 (as many)
+        if not is_in_order:
+            array = as_it_lies(array, extent)
         if offset is None:
-            frames.append(plain.reshape(-1).view(np.uint8).data)
+            frames.append(memoryview(array).cast("B"))  # type: ignore[arg-type]
         else:
-            small += (plain, padding)
-    frames[0] = header = _PACK((PROTOCOL_VERSION, form.kind, values, packed, b"".join(small)))
-    _check_sizes(1 + num_frames, len(header), len(header) + num_frame_bytes, limits)
+            parts += (array, padding)
+    frames[0] = b"".join(parts)
+    num_header_bytes = len(frames[0])
+    if num_header_bytes > limits.max_header_bytes or num_header_bytes + num_frame_bytes > limits.max_message_bytes:
+        raise _too_large(1 + num_frames, num_header_bytes, num_header_bytes + num_frame_bytes, limits)
     return frames
 
 
-def _add(field: str, key: str, array: object, arrays: list[Array], specs: list[Spec]) -> None:
-    """One tensor more, if it is one."""
-    if not isinstance(array, np.ndarray):
-        what = f"{field} {key}" if key else field
-        raise IllegalValue(f"{what} is {shown(array)}, expected a numpy array (torch: tensor.detach().cpu().numpy())")
-    arrays.append(array)
-    specs.append((field, key, array.dtype, array.shape, is_channels_last(array)))
+def _checked_layout(form: _Format, message: Message, arrays: Sequence[Array], limits: Limits) -> Layout:
+    """Of a message with these tensors that is to be sent."""
+    names = [(field, "") for field in form.arrays]
+    names += [(field, key) for field in form.states for key in getattr(message, field)]
+    layout = layout_of([(*name, array) for name, array in zip(names, arrays, strict=True)], limits)
+    if form.check is not None:
+        form.check(message)
+    return layout
+
+
+def _no_array(what: str, found: object) -> IllegalValue:
+    return IllegalValue(f"{what} is {shown(found)}, expected a numpy array (torch: tensor.detach().cpu().numpy())")
 
 
 def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
-    header_bytes = frame_bytes(frames[0]) if frames else 0
-    _check_sizes(len(frames), header_bytes, header_bytes + wire_bytes(frames[1:]), limits)
-    form, raw_values, packed, small = _parsed(frames[0], limits)
-    content: dict[str, Any] = dict(zip(form.plain, _ruled(form, raw_values, limits), strict=True))
+    header = frames[0] if frames else b""
+    num_bytes = num_header_bytes = len(header) if type(header) is bytes else memoryview(header).nbytes
+    if len(frames) > 1:
+        num_bytes += wire_bytes(frames[1:])
+    if (
+        not 0 <= len(frames) - 1 <= limits.max_tensors
+        or num_header_bytes > limits.max_header_bytes
+        or num_bytes > limits.max_message_bytes
+    ):
+        raise _too_large(len(frames), num_header_bytes, num_bytes, limits)
+    parts = unpacked(header, "header", limits)
+    if type(parts) is not list or len(parts) != 5:
+        raise _illegal_header(parts)
+    version, kind, raw_values, packed, small = parts
+    form = _FORMATS.get(kind) if type(kind) is str else None
+    if (
+        (form is None or version != PROTOCOL_VERSION or type(version) is not int)
+        or (type(raw_values) is not list or type(packed) is not bytes or type(small) is not bytes)
+    ):  # fmt: skip
+        raise _illegal_header(parts)
+    values = _ruled(form, raw_values, limits)
+    known = (kind, packed)
+    kept = _RECEIVED.get(known) if limits is DEFAULT else None
+    layout = kept or announced(packed, kind, form.tensors, limits)
+    _, places, num_inline_bytes, num_frames, _ = layout
+    if len(frames) != 1 + num_frames:
+        raise IllegalValue(f"{kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
+    if len(small) != num_inline_bytes:
+        raise IllegalValue(f"{kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
+    content: dict[str, Any] = dict(zip(form.plain, values))  # noqa: B905 (as many; to ask that takes as long again)
     for field in form.states:
         content[field] = {}
-    _, places, num_inline_bytes, num_frames, _ = announced(packed, form.kind, form.tensors, limits)
-    if len(frames) != 1 + num_frames:
-        raise IllegalValue(f"{form.kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
-    if len(small) != num_inline_bytes:
-        raise IllegalValue(f"{form.kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
     num_viewed = 1
-    for field, key, extent, offset, _ in places:
+    for field, key, extent, offset, _, _ in places:
         if offset is None:
             array = framed(memoryview(frames[num_viewed]), extent)
             num_viewed += 1
         else:
             array = viewed(small, extent, offset)
-        if field in form.states:
+        if key:
             content[field][key] = array
         else:
             content[field] = array
     message = object.__new__(form.record)
-    message.__dict__.update(content)  # all its fields, as its __init__ would: of a frozen record that takes long
-    if form.check is not None:
-        form.check(message)
+    object.__setattr__(message, "__dict__", content)  # all its fields, as its __init__ would, which takes long
+    if kept is None:
+        if form.check is not None:
+            form.check(message)
+        if limits is DEFAULT:
+            keep(_RECEIVED, known, layout)
     return message
 
 
-def _parsed(header: Frame, limits: Limits) -> tuple[_Format, list[object], bytes, bytes]:
-    """Format, values, tensor specs and small tensors of a header; all but the first are still unchecked."""
-    parts = unpacked(header, "header", limits)
+def _illegal_header(parts: object) -> IllegalValue:
+    """What is wrong with this one."""
     if type(parts) is not list or not parts or type(parts[0]) is not int:
-        raise IllegalValue("header is not [version, kind, values, specs, small]")
+        return IllegalValue("header is not [version, kind, values, specs, small]")
     if parts[0] != PROTOCOL_VERSION:
-        raise IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
+        return IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
     if len(parts) != 5 or type(parts[2]) is not list or type(parts[3]) is not bytes or type(parts[4]) is not bytes:
-        raise IllegalValue("header is not [version, kind, values, specs, small]")
-    form = _FORMATS.get(parts[1]) if type(parts[1]) is str else None
-    if form is None:
-        raise IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
-    return form, parts[2], parts[3], parts[4]
+        return IllegalValue("header is not [version, kind, values, specs, small]")
+    return IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
 
 
 def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[object]:
     """What the rules make of the values of the header."""
     if form.bounds and limits is DEFAULT and len(values) == len(form.bounds):
-        for value, (kind, low, high) in zip(values, form.bounds, strict=True):
+        place = 0
+        for kind, low, high in form.bounds:
+            value = values[place]
             if type(value) is not kind or not low <= value <= high:  # type: ignore[operator]
                 break
+            place += 1  # noqa: SIM113 (enumerate takes as long as one look more)
         else:
             return values  # as every step's: without the calls below
     if len(values) != len(form.plain):
@@ -277,10 +328,9 @@ def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[
     ]
 
 
-def _check_sizes(num_frames: int, header_bytes: int, num_bytes: int, limits: Limits) -> None:
+def _too_large(num_frames: int, num_header_bytes: int, num_bytes: int, limits: Limits) -> IllegalValue:
     if not 0 <= num_frames - 1 <= limits.max_tensors:
-        raise IllegalValue(f"message of {num_frames} frames, expected 1 to {limits.max_frames}")
-    if header_bytes > limits.max_header_bytes:
-        raise IllegalValue(f"header of {header_bytes} bytes, the limit is {limits.max_header_bytes}")
-    if num_bytes > limits.max_message_bytes:
-        raise IllegalValue(f"message of {num_bytes} bytes, the limit is {limits.max_message_bytes}")
+        return IllegalValue(f"message of {num_frames} frames, expected 1 to {limits.max_frames}")
+    if num_header_bytes > limits.max_header_bytes:
+        return IllegalValue(f"header of {num_header_bytes} bytes, the limit is {limits.max_header_bytes}")
+    return IllegalValue(f"message of {num_bytes} bytes, the limit is {limits.max_message_bytes}")
