@@ -106,7 +106,8 @@ class Switchboard:
         """
         self._check()
         self._chase()
-        arrived = self._endpoint.recv(min(timeout_seconds, self.patience.poll_seconds))
+        poll_seconds = self.patience.poll_seconds
+        arrived = self._endpoint.recv(timeout_seconds if timeout_seconds < poll_seconds else poll_seconds)
         if arrived is None:
             return None
         return self._handle(*arrived)

@@ -183,7 +183,7 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
     """Bytes of payload in these frames, header included; the transport's own framing is not."""
     num_bytes = 0
     for frame in frames:
-        num_bytes += len(frame) if type(frame) is bytes else memoryview(frame).nbytes
+        num_bytes += frame.nbytes if type(frame) is memoryview else len(frame)
     return num_bytes
 
 
@@ -204,7 +204,7 @@ def _encode(form: _Format, message: Message, limits: Limits) -> list[Frame]:
         for key in state:
             array = state[key]
             if not isinstance(array, np.ndarray):
-                raise _no_array(f"{field} {key}", array)
+                raise _no_array(f"{field} {key}" if key else field, array)
             arrays.append(array)
             known_by += (field, key, array.dtype, array.shape, array.strides)
     known = tuple(known_by)
@@ -246,7 +246,7 @@ def _no_array(what: str, found: object) -> IllegalValue:
 
 def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
     header = frames[0] if frames else b""
-    num_bytes = num_header_bytes = len(header) if type(header) is bytes else memoryview(header).nbytes
+    num_bytes = num_header_bytes = header.nbytes if type(header) is memoryview else len(header)
     if len(frames) > 1:
         num_bytes += wire_bytes(frames[1:])
     if (

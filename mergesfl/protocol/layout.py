@@ -34,7 +34,7 @@ Frame = bytes | bytearray | memoryview
 
 def frame_bytes(frame: Frame) -> int:
     """Bytes of one frame."""
-    return len(frame) if type(frame) is bytes else memoryview(frame).nbytes
+    return frame.nbytes if type(frame) is memoryview else len(frame)
 
 
 class Place(NamedTuple):
