@@ -27,7 +27,7 @@ import msgpack
 import numpy as np
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
-from mergesfl.protocol.arrays import as_it_lies, framed, viewed
+from mergesfl.protocol.arrays import BOOL, FIRST, as_it_lies, check_bools, framed
 from mergesfl.protocol.layout import Frame, Layout, announced, keep, layout_of, unpacked
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import (
@@ -159,7 +159,46 @@ def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
     if form is None:
         raise LocalProtocolError(f"{shown(message)} is no message; the kinds are {', '.join(KINDS)}")
     try:
-        return _encode(form, message, limits)
+        values = _ruled(form, form.plain_of(message), limits)
+        arrays: list[Array] = []
+        known_by: list[object] = [form.kind]
+        for field in form.arrays:
+            array = getattr(message, field)
+            if not isinstance(array, np.ndarray):
+                raise _no_array(field, array)
+            arrays.append(array)
+            known_by += (array.dtype, array.shape, array.strides)
+        for field in form.states:
+            state = getattr(message, field)
+            if type(state) is not dict and not isinstance(state, Mapping):
+                raise IllegalValue(f"{field} is {shown(state)}, expected a mapping")
+            for key in state:
+                array = state[key]
+                if not isinstance(array, np.ndarray):
+                    raise _no_array(f"{field} {key}" if key else field, array)
+                arrays.append(array)
+                known_by += (field, key, array.dtype, array.shape, array.strides)
+        known = tuple(known_by)
+        layout = _SENT.get(known) if limits is DEFAULT else None
+        if layout is None:
+            layout = _checked_layout(form, message, arrays, limits)
+            if limits is DEFAULT:
+                keep(_SENT, known, layout)
+        announcement, places, _, num_frames, num_frame_bytes = layout
+        frames: list[Frame] = [b""]
+        parts: list[Any] = [form.start, _PACK(values), announcement]  # of the header: what join takes
+        for array, (_, _, extent, offset, padding, is_in_order) in zip(arrays, places):  # noqa: B905 (as many)
+            if not is_in_order:
+                array = as_it_lies(array, extent)
+            if offset is None:
+                frames.append(memoryview(array).cast("B"))  # type: ignore[arg-type]
+            else:
+                parts += (array, padding)
+        frames[0] = b"".join(parts)
+        num_header_bytes = len(frames[0])
+        if num_header_bytes > limits.max_header_bytes or num_header_bytes + num_frame_bytes > limits.max_message_bytes:
+            raise _too_large(1 + num_frames, num_header_bytes, num_header_bytes + num_frame_bytes, limits)
+        return frames
     except IllegalValue as error:
         raise LocalProtocolError(f"cannot send {form.kind}: {error}; correct it where the message is made") from None
 
@@ -174,7 +213,62 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
         RemoteProtocolError: the frames are no legal message. Nothing else is ever raised for the contents of frames.
     """
     try:
-        return _decode(frames, limits)
+        header = frames[0] if frames else b""
+        num_bytes = num_header_bytes = header.nbytes if type(header) is memoryview else len(header)
+        if len(frames) > 1:
+            num_bytes += wire_bytes(frames[1:])
+        if (
+            not 0 <= len(frames) - 1 <= limits.max_tensors
+            or num_header_bytes > limits.max_header_bytes
+            or num_bytes > limits.max_message_bytes
+        ):
+            raise _too_large(len(frames), num_header_bytes, num_bytes, limits)
+        parts = unpacked(header, "header", limits)
+        if type(parts) is not list or len(parts) != 5:
+            raise _illegal_header(parts)
+        version, kind, raw_values, packed, small = parts
+        form = _FORMATS.get(kind) if type(kind) is str else None
+        if (
+            (form is None or version != PROTOCOL_VERSION or type(version) is not int)
+            or (type(raw_values) is not list or type(packed) is not bytes or type(small) is not bytes)
+        ):  # fmt: skip
+            raise _illegal_header(parts)
+        values = _ruled(form, raw_values, limits)
+        known = (kind, packed)
+        kept = _RECEIVED.get(known) if limits is DEFAULT else None
+        layout = kept or announced(packed, kind, form.tensors, limits)
+        _, places, num_inline_bytes, num_frames, _ = layout
+        if len(frames) != 1 + num_frames:
+            raise IllegalValue(f"{kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
+        if len(small) != num_inline_bytes:
+            raise IllegalValue(f"{kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
+        content: dict[str, Any] = dict(zip(form.plain, values))  # noqa: B905 (as many; to ask that takes as long again)
+        for field in form.states:
+            content[field] = {}
+        num_viewed = 1
+        for field, key, extent, offset, _, _ in places:
+            dtype, _, memory_shape, channels_last, _ = extent
+            if offset is None:
+                array = framed(frames[num_viewed], extent)
+                num_viewed += 1
+            else:
+                array = np.ndarray(memory_shape, dtype, small, offset)
+            if dtype is BOOL:
+                check_bools(array)
+            if channels_last:
+                array = array.transpose(FIRST)
+            if key:
+                content[field][key] = array
+            else:
+                content[field] = array
+        message = object.__new__(form.record)
+        object.__setattr__(message, "__dict__", content)  # all its fields, as its __init__ would, which takes long
+        if kept is None:
+            if form.check is not None:
+                form.check(message)
+            if limits is DEFAULT:
+                keep(_RECEIVED, known, layout)
+        return message
     except IllegalValue as error:
         raise RemoteProtocolError(f"{error}; close this peer and see that both ends run the same mergesfl") from None
 
@@ -185,49 +279,6 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
     for frame in frames:
         num_bytes += frame.nbytes if type(frame) is memoryview else len(frame)
     return num_bytes
-
-
-def _encode(form: _Format, message: Message, limits: Limits) -> list[Frame]:
-    values = _ruled(form, form.plain_of(message), limits)
-    arrays: list[Array] = []
-    known_by: list[object] = [form.kind]
-    for field in form.arrays:
-        array = getattr(message, field)
-        if not isinstance(array, np.ndarray):
-            raise _no_array(field, array)
-        arrays.append(array)
-        known_by += (array.dtype, array.shape, array.strides)
-    for field in form.states:
-        state = getattr(message, field)
-        if type(state) is not dict and not isinstance(state, Mapping):
-            raise IllegalValue(f"{field} is {shown(state)}, expected a mapping")
-        for key in state:
-            array = state[key]
-            if not isinstance(array, np.ndarray):
-                raise _no_array(f"{field} {key}" if key else field, array)
-            arrays.append(array)
-            known_by += (field, key, array.dtype, array.shape, array.strides)
-    known = tuple(known_by)
-    layout = _SENT.get(known) if limits is DEFAULT else None
-    if layout is None:
-        layout = _checked_layout(form, message, arrays, limits)
-        if limits is DEFAULT:
-            keep(_SENT, known, layout)
-    announcement, places, _, num_frames, num_frame_bytes = layout
-    frames: list[Frame] = [b""]
-    parts: list[Any] = [form.start, _PACK(values), announcement]  # of the header: what join takes
-    for array, (_, _, extent, offset, padding, is_in_order) in zip(arrays, places):  # noqa: B905 (as many)
-        if not is_in_order:
-            array = as_it_lies(array, extent)
-        if offset is None:
-            frames.append(memoryview(array).cast("B"))  # type: ignore[arg-type]
-        else:
-            parts += (array, padding)
-    frames[0] = b"".join(parts)
-    num_header_bytes = len(frames[0])
-    if num_header_bytes > limits.max_header_bytes or num_header_bytes + num_frame_bytes > limits.max_message_bytes:
-        raise _too_large(1 + num_frames, num_header_bytes, num_header_bytes + num_frame_bytes, limits)
-    return frames
 
 
 def _checked_layout(form: _Format, message: Message, arrays: Sequence[Array], limits: Limits) -> Layout:
@@ -242,60 +293,6 @@ def _checked_layout(form: _Format, message: Message, arrays: Sequence[Array], li
 
 def _no_array(what: str, found: object) -> IllegalValue:
     return IllegalValue(f"{what} is {shown(found)}, expected a numpy array (torch: tensor.detach().cpu().numpy())")
-
-
-def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
-    header = frames[0] if frames else b""
-    num_bytes = num_header_bytes = header.nbytes if type(header) is memoryview else len(header)
-    if len(frames) > 1:
-        num_bytes += wire_bytes(frames[1:])
-    if (
-        not 0 <= len(frames) - 1 <= limits.max_tensors
-        or num_header_bytes > limits.max_header_bytes
-        or num_bytes > limits.max_message_bytes
-    ):
-        raise _too_large(len(frames), num_header_bytes, num_bytes, limits)
-    parts = unpacked(header, "header", limits)
-    if type(parts) is not list or len(parts) != 5:
-        raise _illegal_header(parts)
-    version, kind, raw_values, packed, small = parts
-    form = _FORMATS.get(kind) if type(kind) is str else None
-    if (
-        (form is None or version != PROTOCOL_VERSION or type(version) is not int)
-        or (type(raw_values) is not list or type(packed) is not bytes or type(small) is not bytes)
-    ):  # fmt: skip
-        raise _illegal_header(parts)
-    values = _ruled(form, raw_values, limits)
-    known = (kind, packed)
-    kept = _RECEIVED.get(known) if limits is DEFAULT else None
-    layout = kept or announced(packed, kind, form.tensors, limits)
-    _, places, num_inline_bytes, num_frames, _ = layout
-    if len(frames) != 1 + num_frames:
-        raise IllegalValue(f"{kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
-    if len(small) != num_inline_bytes:
-        raise IllegalValue(f"{kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
-    content: dict[str, Any] = dict(zip(form.plain, values))  # noqa: B905 (as many; to ask that takes as long again)
-    for field in form.states:
-        content[field] = {}
-    num_viewed = 1
-    for field, key, extent, offset, _, _ in places:
-        if offset is None:
-            array = framed(memoryview(frames[num_viewed]), extent)
-            num_viewed += 1
-        else:
-            array = viewed(small, extent, offset)
-        if key:
-            content[field][key] = array
-        else:
-            content[field] = array
-    message = object.__new__(form.record)
-    object.__setattr__(message, "__dict__", content)  # all its fields, as its __init__ would, which takes long
-    if kept is None:
-        if form.check is not None:
-            form.check(message)
-        if limits is DEFAULT:
-            keep(_RECEIVED, known, layout)
-    return message
 
 
 def _illegal_header(parts: object) -> IllegalValue:

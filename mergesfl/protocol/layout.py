@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from mergesfl.protocol.arrays import Extent, extent_of, is_channels_last, is_in_order, legal_extent
-from mergesfl.protocol.limits import Limits
+from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import Array
 from mergesfl.protocol.rules import ARRAY_FIELDS, STATE_FIELDS, IllegalValue, name, ruled, shown
 
@@ -109,17 +109,18 @@ def keep(layouts: dict[Any, Layout], key: object, layout: Layout) -> None:
 
 def unpacked(packed: Frame, what: str, limits: Limits) -> object:
     """What msgpack makes of bytes of which nothing is known yet. Raises IllegalValue."""
+    max_str_len, max_bin_len, max_array_len, max_map_len = _BOUNDS if limits is DEFAULT else _bounds(limits)
     try:
         return msgpack.unpackb(
             packed,
             raw=False,
             strict_map_key=True,
             object_pairs_hook=_distinct,
-            max_str_len=4 * limits.max_text_length,  # UTF-8: up to 4 bytes per character
-            max_bin_len=limits.max_header_bytes,
+            max_str_len=max_str_len,
+            max_bin_len=max_bin_len,
             max_ext_len=0,
-            max_array_len=max(limits.max_sequence_length, limits.max_tensors),
-            max_map_len=limits.max_map_entries,
+            max_array_len=max_array_len,
+            max_map_len=max_map_len,
         )
     except Exception as error:  # whatever the foreign parser raises: ValueError, RecursionError, its own types ...
         raise IllegalValue(f"{what} of {len(packed)} bytes is no msgpack: {str(error)[:200]}") from None
@@ -133,6 +134,13 @@ def _distinct(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     return entries
 
 
+def _bounds(limits: Limits) -> tuple[int, int, int, int]:
+    """Of msgpack: bytes of a string (UTF-8: up to 4 per character) and of a bin, entries of an array and of a map."""
+    max_array_len = max(limits.max_sequence_length, limits.max_tensors)
+    return 4 * limits.max_text_length, limits.max_header_bytes, max_array_len, limits.max_map_entries
+
+
+_BOUNDS = _bounds(DEFAULT)
 _pack: Callable[[object], bytes] = functools.partial(msgpack.packb, use_bin_type=True)
 
 
