@@ -88,7 +88,7 @@ class _Format(NamedTuple):
     start: bytes  # of the header, before the values
     plain: tuple[str, ...]  # fields of the header: neither one tensor nor several
     rules: tuple[Rule, ...]  # of these
-    bounds: tuple[tuple[type, float, float], ...]  # that say the same, if they are all of numbers; else none
+    bounds: tuple[tuple[str, type, float, float], ...]  # that say the same, if they are all of numbers; else none
     plain_of: Callable[[Any], Sequence[Any]]  # their values in a message
     arrays: tuple[str, ...]  # fields that are one tensor
     states: tuple[str, ...]  # fields that map names to tensors
@@ -124,7 +124,8 @@ def _format_of(kind: str, record: type[Message]) -> _Format:
     states = tuple(name for name in names if name in STATE_FIELDS)
     plain = tuple(name for name in names if name not in arrays + states)
     rules = tuple(RULES[name] for name in plain)
-    bounds = tuple(BOUNDS[rule] for rule in rules) if all(rule in BOUNDS for rule in rules) else ()
+    are_bounded = all(rule in BOUNDS for rule in rules)
+    bounds = tuple((name, *BOUNDS[RULES[name]]) for name in plain) if are_bounded else ()
     plain_of = attrgetter(*plain) if len(plain) > 1 else lambda message: [getattr(message, name) for name in plain]
     check = _CHECKS.get(record)
     start = b"\x95" + _PACK(PROTOCOL_VERSION) + _PACK(kind)  # an array of 5
@@ -159,7 +160,14 @@ def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
     if form is None:
         raise LocalProtocolError(f"{shown(message)} is no message; the kinds are {', '.join(KINDS)}")
     try:
-        values = _ruled(form, form.plain_of(message), limits)
+        values = form.plain_of(message)
+        bounds = form.bounds if limits is DEFAULT else ()
+        for value, (_, number, low, high) in zip(values, bounds):  # noqa: B905 (as many)
+            if type(value) is not number or not low <= value <= high:  # type: ignore[operator]
+                bounds = ()
+                break
+        if not bounds:  # else they are legal as they are, as every step's
+            values = _ruled(form, values, limits)
         arrays: list[Array] = []
         known_by: list[object] = [form.kind]
         for field in form.arrays:
@@ -226,14 +234,20 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
         parts = unpacked(header, "header", limits)
         if type(parts) is not list or len(parts) != 5:
             raise _illegal_header(parts)
-        version, kind, raw_values, packed, small = parts
+        version, kind, values, packed, small = parts
         form = _FORMATS.get(kind) if type(kind) is str else None
         if (
             (form is None or version != PROTOCOL_VERSION or type(version) is not int)
-            or (type(raw_values) is not list or type(packed) is not bytes or type(small) is not bytes)
+            or (type(values) is not list or type(packed) is not bytes or type(small) is not bytes)
         ):  # fmt: skip
             raise _illegal_header(parts)
-        values = _ruled(form, raw_values, limits)
+        content: dict[str, Any] = {}
+        for value, (field, number, low, high) in zip(values, form.bounds):  # noqa: B905 (their number is asked below)
+            if type(value) is not number or not low <= value <= high:  # type: ignore[operator]
+                break
+            content[field] = value  # as every step's, without the calls of its rule
+        if not len(content) == len(values) == len(form.plain) or limits is not DEFAULT:
+            content = dict(zip(form.plain, _ruled(form, values, limits), strict=True))
         known = (kind, packed)
         kept = _RECEIVED.get(known) if limits is DEFAULT else None
         layout = kept or announced(packed, kind, form.tensors, limits)
@@ -242,7 +256,6 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
             raise IllegalValue(f"{kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
         if len(small) != num_inline_bytes:
             raise IllegalValue(f"{kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
-        content: dict[str, Any] = dict(zip(form.plain, values))  # noqa: B905 (as many; to ask that takes as long again)
         for field in form.states:
             content[field] = {}
         num_viewed = 1
@@ -308,15 +321,6 @@ def _illegal_header(parts: object) -> IllegalValue:
 
 def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[object]:
     """What the rules make of the values of the header."""
-    if form.bounds and limits is DEFAULT and len(values) == len(form.bounds):
-        place = 0
-        for kind, low, high in form.bounds:
-            value = values[place]
-            if type(value) is not kind or not low <= value <= high:  # type: ignore[operator]
-                break
-            place += 1  # noqa: SIM113 (enumerate takes as long as one look more)
-        else:
-            return values  # as every step's: without the calls below
     if len(values) != len(form.plain):
         names = ", ".join(form.plain)
         raise IllegalValue(f"{form.kind} with {len(values)} values; expected {len(form.plain)}: {names}")
