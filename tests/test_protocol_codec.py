@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from mergesfl.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from mergesfl.protocol import codec, layout
 from mergesfl.protocol import messages as m
-from mergesfl.protocol.arrays import DTYPES
+from mergesfl.protocol.arrays import DTYPES, is_channels_last
 from mergesfl.protocol.codec import KINDS, decode, encode, wire_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits, clipped
 from mergesfl.protocol.rules import ARRAY_FIELDS, BOUNDS, RULES, STATE_FIELDS, IllegalValue, Rule, check_worker_id
@@ -351,12 +351,14 @@ def test_what_is_kept_of_the_specs_is_checked_for_every_kind_and_frame() -> None
 
 
 def test_after_a_good_message_another_of_its_types_and_shapes_is_still_sent_as_it_lies() -> None:
-    array = np.arange(2 * 40 * 50 * 3, dtype=np.float32).reshape(2, 3, 40, 50)
+    codec._SENT.clear()
+    array = np.arange(2 * 40 * 51 * 3, dtype=np.float32).reshape(2, 3, 40, 51)
     orders = [array, np.asfortranarray(array), array.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2), array.copy()]
     for same_values in orders * 2:
-        for part in (same_values, same_values[:, :, :2]):  # in a frame and in the header
+        for part in (same_values, same_values[:1], same_values[:, :, :2]):  # in a frame and in the header
             decoded = over_the_wire(m.Gradient(0, 0, 0.0, part))
             assert isinstance(decoded, m.Gradient) and np.array_equal(decoded.gradient, part)
+            assert is_channels_last(decoded.gradient) == is_channels_last(part)
 
 
 def test_after_a_good_message_another_of_its_types_and_shapes_is_still_checked_when_it_is_sent() -> None:
@@ -412,6 +414,16 @@ def test_after_a_good_message_another_of_its_specs_is_still_checked_when_it_come
             continue
         with pytest.raises(RemoteProtocolError, match=words):
             decode(frames)
+
+
+def test_what_is_legal_under_other_limits_is_not_kept() -> None:
+    message, wide = m.Gradient(0, 0, 0.0, np.zeros((1,) * 9)), Limits(max_tensor_rank=9)
+    frames = encode(message, wide)
+    assert same(decode(frames, wide), message)
+    with pytest.raises(LocalProtocolError, match="9 dimensions, the limit is 8"):
+        encode(message)
+    with pytest.raises(RemoteProtocolError, match="9 entries, the limit is 8"):
+        decode(frames)
 
 
 def test_few_layouts_are_kept_and_no_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,6 +530,7 @@ def test_encode_refuses(message: Any, words: str) -> None:
 def test_encode_refuses_more_than_the_limits() -> None:
     small = Limits(max_message_bytes=30_000, max_header_bytes=200, max_tensors=2)
     array = np.zeros(2_500, dtype=np.float64)  # 20,000 bytes: one fits, two do not
+    encode(m.Gradient(0, 0, 0.0, np.zeros(3_751)))  # what is kept of it says nothing about other limits
     encode(m.Update(0, 0, 0.0, 0.0, {"a": array}), small)
     with pytest.raises(LocalProtocolError, match=r"message of .* bytes, the limit is 30000"):
         encode(m.Update(0, 0, 0.0, 0.0, {"a": array, "b": array}), small)
@@ -612,6 +625,7 @@ def test_the_untouched_gradient_is_legal() -> None:
         ([msgpack.packb({"version": 1})], r"not \[version"),
         ([header(True, "ping", [], [])], r"not \[version"),
         ([header("1", "ping", [], [])], r"not \[version"),
+        ([header(float(m.PROTOCOL_VERSION), "ping", [], [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", {}, [])], r"not \[version"),
         ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], [], b""])], r"not \[version"),
@@ -704,3 +718,5 @@ def test_decode_refuses_a_message_that_is_too_big() -> None:
     frames = encode(m.Gradient(0, 0, 0.0, np.zeros(100)))
     with pytest.raises(RemoteProtocolError, match="the limit is 800"):
         decode(frames, Limits(max_message_bytes=800))
+    with pytest.raises(RemoteProtocolError, match=r"message of 200.. bytes, the limit is 20000"):  # all frames together
+        decode(large(), Limits(max_message_bytes=20_000))
