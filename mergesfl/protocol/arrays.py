@@ -74,13 +74,13 @@ def extent_of(type_name: object, dimensions: object, channels_last: object, limi
 
 def is_in_order(array: Array, extent: Extent) -> bool:
     """Whether the array's memory is what is sent of it: follows from its type, shape and strides."""
-    return array.flags.c_contiguous and array.dtype == extent.dtype and array.dtype.isnative
+    return array.flags.c_contiguous and array.dtype == extent.dtype
 
 
 def as_it_lies(array: Array, extent: Extent) -> Array:
     """The array as a C-contiguous one of the memory shape, little-endian; copied only if it is not already so."""
-    plain = np.ascontiguousarray(array.transpose(_LAST) if extent.channels_last else array, dtype=extent.dtype)
-    return plain if extent.dtype.isnative else plain.view(np.uint8)  # of which a memoryview can be cast
+    plain = array.transpose(_LAST) if extent.channels_last else array
+    return np.ascontiguousarray(plain, dtype=extent.dtype)
 
 
 def framed(frame: bytes | bytearray | memoryview, extent: Extent) -> Array:
