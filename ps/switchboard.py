@@ -30,7 +30,7 @@ from mergesfl.protocol.messages import (
     Update,
     Welcome,
 )
-from mergesfl.protocol.session import Arrival, Role, Session
+from mergesfl.protocol.session import STALE, Role, Session
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.patience import REAL, Patience
 from mergesfl.runtime.process import EXIT_INTERRUPTED
@@ -105,8 +105,11 @@ class Switchboard:
         Raises InterruptedRunError.
         """
         self._check()
-        self._chase()
-        arrived = self._endpoint.recv(min(timeout_seconds, self.patience.poll_seconds))
+        now_seconds = self._clock.now_seconds()
+        if now_seconds >= self._next_chase_seconds:
+            self._chase(now_seconds)
+        poll_seconds = self.patience.poll_seconds
+        arrived = self._endpoint.recv(timeout_seconds if timeout_seconds < poll_seconds else poll_seconds)
         if arrived is None:
             return None
         return self._handle(*arrived)
@@ -117,7 +120,9 @@ class Switchboard:
         At most MAX_SETTLED_MESSAGES and for MAX_SETTLE_SECONDS, so that a peer that never stops talking cannot hold the
         run.
         """
-        self._chase()
+        now_seconds = self._clock.now_seconds()
+        if now_seconds >= self._next_chase_seconds:
+            self._chase(now_seconds)
         end_seconds = self._clock.now_seconds() + MAX_SETTLE_SECONDS
         for _ in range(MAX_SETTLED_MESSAGES):
             self._check()
@@ -138,9 +143,12 @@ class Switchboard:
         try:
             message = decode(frames)
             member.silent = False
-            if member.session.receive(message) is Arrival.STALE:
+            if member.session.receive(message) is STALE:
                 return None  # it crossed a Release on the wire
-            return self._handle_member(member, message)
+            if isinstance(message, _ROUND_MESSAGES):
+                return member, message
+            self._handle_member(member, message)
+            return None
         except RemoteProtocolError as error:
             self.num_refused_messages += 1
             self.expel(member, error)
@@ -186,11 +194,8 @@ class Switchboard:
         self.egress_bytes += wire_bytes(frames)
         return True
 
-    def _chase(self) -> None:
+    def _chase(self, now_seconds: float) -> None:
         """Looks after workers that have registered and are not ready: some are unreachable, some take too long."""
-        now_seconds = self._clock.now_seconds()
-        if now_seconds < self._next_chase_seconds:
-            return
         self._next_chase_seconds = now_seconds + self._ready_seconds / NUM_READY_PROBES
         for member in self._fleet.not_ready():
             if now_seconds - member.registered_seconds > self._ready_seconds:
@@ -261,9 +266,7 @@ class Switchboard:
         member.registered_seconds = self._clock.now_seconds()
         self.send(member, self._welcome)
 
-    def _handle_member(self, member: Member, message: Message) -> tuple[Member, RoundMessage] | None:
-        if isinstance(message, _ROUND_MESSAGES):
-            return member, message
+    def _handle_member(self, member: Member, message: Message) -> None:
         if isinstance(message, Ping):
             self.send(member, Pong())
         elif isinstance(message, Ready):
@@ -277,7 +280,6 @@ class Switchboard:
         elif isinstance(message, Leave):
             log.info("worker '%s' left: %s", member.worker_id, message.reason)
             self._fleet.remove(member, f"left: {message.reason}")
-        return None
 
     def _answer(self, peer: bytes, message: Message) -> None:
         """One message to a peer without a session; it does not matter if it is gone."""

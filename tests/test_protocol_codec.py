@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mergesfl.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from mergesfl.protocol import codec, layout
 from mergesfl.protocol import messages as m
-from mergesfl.protocol.arrays import DTYPES
+from mergesfl.protocol.arrays import DTYPES, is_channels_last
 from mergesfl.protocol.codec import KINDS, decode, encode, wire_bytes
 from mergesfl.protocol.limits import DEFAULT, Limits, clipped
 from mergesfl.protocol.rules import ARRAY_FIELDS, BOUNDS, RULES, STATE_FIELDS, IllegalValue, Rule, check_worker_id
@@ -349,6 +350,99 @@ def test_what_is_kept_of_the_specs_is_checked_for_every_kind_and_frame() -> None
             decode(gradient(), Limits(max_tensor_rank=0))
 
 
+def test_after_a_good_message_another_of_its_types_and_shapes_is_still_sent_as_it_lies() -> None:
+    codec._SENT.clear()
+    array = np.arange(2 * 40 * 51 * 3, dtype=np.float32).reshape(2, 3, 40, 51)
+    orders = [array, np.asfortranarray(array), array.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2), array.copy()]
+    for same_values in orders * 2:
+        for part in (same_values, same_values[:1], same_values[:, :, :2]):  # in a frame and in the header
+            decoded = over_the_wire(m.Gradient(0, 0, 0.0, part))
+            assert isinstance(decoded, m.Gradient) and np.array_equal(decoded.gradient, part)
+            assert is_channels_last(decoded.gradient) == is_channels_last(part)
+
+
+def test_after_a_good_message_another_of_its_types_and_shapes_is_still_checked_when_it_is_sent() -> None:
+    x, y, parts = np.ones((2, 3), dtype=np.float32), np.zeros(2, dtype=np.int64), {"a": ARRAY}
+    wrong: list[tuple[Any, str]] = [
+        (m.Features(True, 0, x, y, parts), "round_num is True, expected an int"),
+        (m.Features(0, 2**40 + 1, x, y, parts), "step is 1099511627777, expected 0 to"),
+        (m.Features(0, 0, x, y, parts, 8), "part is 8, expected 0 to 7"),
+        (m.Features(0, 0, x, y.astype(">i8"), parts), "labels >i8"),
+        (m.Features(0, 0, x, y.astype(np.uint64), parts), "labels has the type uint64, legal are"),
+        (m.Features(0, 0, x, y[:1], parts), r"\(2, 3\) with labels int64 \(1,\)"),
+        (m.Features(0, 0, x, [0, 0], parts), "labels is a value of type list, expected a numpy array"),  # type: ignore[arg-type]
+        (m.Features(0, 0, x, y, {"": ARRAY}), "name in parts is '', expected printable"),
+        (m.Features(0, 0, x, y, {"a": 1.0}), "parts a is 1.0, expected a numpy array"),  # type: ignore[dict-item]
+        (m.Features(0, 0, x, y, {"": 1.0}), "cannot send features: parts is 1.0, expected"),  # type: ignore[dict-item]
+        (m.Features(0, 0, x, y, [ARRAY]), "parts is a value of type list, expected a mapping"),  # type: ignore[arg-type]
+        (m.Probe(0, x), r"payload float32 \(2, 3\)"),
+    ]
+    for message, words in wrong * 2:
+        over_the_wire(m.Features(0, 0, x, y, parts))
+        over_the_wire(m.Gradient(0, 0, 0.0, x))
+        with pytest.raises(LocalProtocolError, match=words):
+            encode(message)
+
+
+def test_after_a_good_message_another_of_its_specs_is_still_checked_when_it_comes() -> None:
+    bools = ["gradient", "", "bool", [2], False]
+    labels = ["labels", "", "int64", [1], False]
+    payload = ["payload", "", "int8", [8], False]
+    wrong = [
+        (gradient([bools], small=b"\0\2" + bytes(6)), "neither 0 nor 1"),
+        (gradient([bools], small=bytes(16)), "announces 8 bytes of small tensors, has 16"),
+        (gradient([bools], part=8), "part is 8, expected 0 to 7"),
+        (gradient([bools], held=1), None),  # an int is a legal float
+        (gradient([bools], held="1"), "held_seconds is '1', expected a float"),
+        ([*gradient([bools]), b""], "announces 0 frames of tensors and brings 1"),
+        (
+            [header(m.PROTOCOL_VERSION, "features", [0, 0, 0], [["features", *labels[1:]], labels], small=bytes(16))],
+            None,
+        ),
+        (
+            [header(m.PROTOCOL_VERSION, "features", [0, 0, 0], [labels, ["features", *bools[1:]]], small=bytes(16))],
+            r"features \(2,\) with labels int64 \(1,\)",  # not kept as legal: refused again
+        ),
+        ([header(m.PROTOCOL_VERSION, "probe", [0, 0], [payload], small=bytes(8))], "payload int8"),
+        ([header(m.PROTOCOL_VERSION, "echo", [0, 0.0, 0], [payload], small=bytes(8))], "payload int8"),
+        ([header(m.PROTOCOL_VERSION, "gradient", GRADIENT_VALUES, [payload], small=bytes(8))], "unknown or repeated"),
+    ]
+    for frames, words in wrong * 2:
+        decode(gradient([bools], small=b"\0\1" + bytes(6)))
+        if words is None:
+            decode(frames)
+            continue
+        with pytest.raises(RemoteProtocolError, match=words):
+            decode(frames)
+
+
+def test_what_is_legal_under_other_limits_is_not_kept() -> None:
+    message, wide = m.Gradient(0, 0, 0.0, np.zeros((1,) * 9)), Limits(max_tensor_rank=9)
+    frames = encode(message, wide)
+    assert same(decode(frames, wide), message)
+    with pytest.raises(LocalProtocolError, match="9 dimensions, the limit is 8"):
+        encode(message)
+    with pytest.raises(RemoteProtocolError, match="9 entries, the limit is 8"):
+        decode(frames)
+
+
+def test_few_layouts_are_kept_and_no_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "NUM_KEPT", 3)
+    kept = codec._SENT, codec._RECEIVED
+    for layouts in kept:
+        layouts.clear()
+    for length in [*range(5), *range(5)]:
+        message = m.Gradient(0, 0, 0.0, np.arange(length))
+        assert same(over_the_wire(message), message)
+        assert all(1 <= len(layouts) <= 3 for layouts in kept)
+    states = [m.Update(0, 0, 0.0, 0.0, dict.fromkeys(map(str, range(number)), ARRAY)) for number in (1, 100)]
+    for layouts in kept:
+        layouts.clear()
+    for state in states:
+        assert same(over_the_wire(state), state)
+    assert [len(layouts) for layouts in kept] == [1, 1]
+
+
 def test_one_channel_is_c_order() -> None:
     """Then both orders are the same, and the header says the simple one."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3, 1, 1).transpose(0, 2, 1, 3)  # (2, 1, 3, 1)
@@ -436,6 +530,7 @@ def test_encode_refuses(message: Any, words: str) -> None:
 def test_encode_refuses_more_than_the_limits() -> None:
     small = Limits(max_message_bytes=30_000, max_header_bytes=200, max_tensors=2)
     array = np.zeros(2_500, dtype=np.float64)  # 20,000 bytes: one fits, two do not
+    encode(m.Gradient(0, 0, 0.0, np.zeros(3_751)))  # what is kept of it says nothing about other limits
     encode(m.Update(0, 0, 0.0, 0.0, {"a": array}), small)
     with pytest.raises(LocalProtocolError, match=r"message of .* bytes, the limit is 30000"):
         encode(m.Update(0, 0, 0.0, 0.0, {"a": array, "b": array}), small)
@@ -530,6 +625,7 @@ def test_the_untouched_gradient_is_legal() -> None:
         ([msgpack.packb({"version": 1})], r"not \[version"),
         ([header(True, "ping", [], [])], r"not \[version"),
         ([header("1", "ping", [], [])], r"not \[version"),
+        ([header(float(m.PROTOCOL_VERSION), "ping", [], [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", [])], r"not \[version"),
         ([header(m.PROTOCOL_VERSION, "ping", {}, [])], r"not \[version"),
         ([msgpack.packb([m.PROTOCOL_VERSION, "ping", [], [], b""])], r"not \[version"),
@@ -622,3 +718,5 @@ def test_decode_refuses_a_message_that_is_too_big() -> None:
     frames = encode(m.Gradient(0, 0, 0.0, np.zeros(100)))
     with pytest.raises(RemoteProtocolError, match="the limit is 800"):
         decode(frames, Limits(max_message_bytes=800))
+    with pytest.raises(RemoteProtocolError, match=r"message of 200.. bytes, the limit is 20000"):  # all frames together
+        decode(large(), Limits(max_message_bytes=20_000))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
 from mergesfl.protocol import messages as m
@@ -447,6 +449,47 @@ def test_the_worker_must_keep_count_of_the_parts(script: list[tuple[str, Any]], 
 )
 def test_the_server_must_keep_count_of_the_parts(script: list[tuple[str, Any]], message: Any, words: str) -> None:
     refused_at_both_ends(Role.SERVER, script, message, words)
+
+
+class ByTheTable(Session):
+    """Without the one look at the message that is next."""
+
+    def _is_next(self, message: Any) -> bool:
+        return False
+
+
+def said(session: Session, is_sent: bool, message: Any) -> object:
+    """What comes of it."""
+    try:
+        return session.send(message) if is_sent else session.receive(message)  # type: ignore[func-returns-value]
+    except (LocalProtocolError, RemoteProtocolError) as error:
+        return type(error), str(error)
+
+
+OF_TWO_ROUNDS: list[Any] = [
+    *[feat_part(step, part, round_num) for round_num in (7, 8) for step in (0, 1) for part in (0, 1)],
+    *[m.Gradient(round_num, step, 0.0, X, part=part) for round_num in (7, 8) for step in (0, 1) for part in (0, 1)],
+    *[in_parts(8, parts_per_step=2, num_exchanges=1), assign(8), release(7), release(8), update(7), m.Ping(), m.Pong()],
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(list(Role)),
+    st.sampled_from([assign(7), in_parts(7, parts_per_step=2)]),
+    st.lists(
+        st.tuples(st.sampled_from(["right way"] * 9 + ["wrong way"]), st.sampled_from(OF_TWO_ROUNDS)), max_size=150
+    ),
+)
+def test_one_look_finds_what_the_table_and_the_rules_find(role: Role, first: m.Assign, told: list[Any]) -> None:
+    """Whatever is said, one end after the other: the same answers, and the same state."""
+    look, table = at(role, [*TO_IDLE, (DOWN, first)]), ByTheTable(role)
+    vars(table).update(vars(at(role, [*TO_IDLE, (DOWN, first)])))
+    for way, message in told:
+        is_up = isinstance(message, m.Features | m.Update | m.Ping)
+        is_sent = (is_up == (role is Role.WORKER)) != (way == "wrong way")
+        assert said(look, is_sent, message) == said(table, is_sent, message)
+        assert vars(look) == vars(table)
 
 
 @pytest.mark.parametrize("num_seen", [0, 1, 2])

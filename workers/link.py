@@ -10,7 +10,7 @@ from mergesfl.errors import LocalProtocolError, MergeSFLError, RemoteProtocolErr
 from mergesfl.protocol.codec import decode, encode
 from mergesfl.protocol.limits import clipped
 from mergesfl.protocol.messages import Goodbye, Gradient, Leave, Message, Ping, Pong, Refuse, Release, Reset
-from mergesfl.protocol.session import Arrival, Role, Session, State
+from mergesfl.protocol.session import FRESH, Role, Session, State
 from mergesfl.runtime.clock import Clock
 from mergesfl.runtime.patience import REAL, Patience
 from mergesfl.transport.base import WorkerEndpoint
@@ -122,9 +122,9 @@ class Link:
             arrival = self._session.receive(message)
         except RemoteProtocolError as error:
             raise SessionLostError(f"the server broke the protocol: {error}") from error
-        if isinstance(message, Gradient) and arrival is Arrival.FRESH:  # nearly every time: without what follows
+        if arrival is FRESH and isinstance(message, Gradient):  # nearly every time: without what follows
             return message
-        if arrival is Arrival.STALE or isinstance(message, Pong):
+        if arrival is not FRESH or isinstance(message, Pong):
             return None
         if isinstance(message, Reset):
             raise SessionLostError(message.reason)

@@ -28,9 +28,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "uint8": np.dtype("u1"),
     "bool": np.dtype("?"),
 }
-_BOOL = DTYPES["bool"]
+BOOL = DTYPES["bool"]
 
-_LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # axes of (n, h, w, c) in (n, c, h, w), and back
+_LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # axes of (n, h, w, c) in (n, c, h, w), and back
 
 
 class Extent(NamedTuple):
@@ -72,31 +72,34 @@ def extent_of(type_name: object, dimensions: object, channels_last: object, limi
     return _extent(DTYPES[type_name], checked_shape, channels_last, limits)
 
 
+def is_in_order(array: Array, extent: Extent) -> bool:
+    """Whether the array's memory is what is sent of it: follows from its type, shape and strides."""
+    return array.flags.c_contiguous and array.dtype == extent.dtype
+
+
 def as_it_lies(array: Array, extent: Extent) -> Array:
     """The array as a C-contiguous one of the memory shape, little-endian; copied only if it is not already so."""
     plain = array.transpose(_LAST) if extent.channels_last else array
     return np.ascontiguousarray(plain, dtype=extent.dtype)
 
 
-def framed(frame: memoryview, extent: Extent) -> Array:
-    """The read-only array of this extent in a frame of which nothing is known yet. Raises IllegalValue."""
-    if frame.nbytes != extent.num_bytes:
+def framed(frame: bytes | bytearray | memoryview, extent: Extent) -> Array:
+    """The read-only array of the memory shape in a frame of which nothing is known yet. Raises IllegalValue."""
+    view = memoryview(frame).toreadonly()
+    if view.nbytes != extent.num_bytes:
         found = f"tensor {extent.dtype} {list(extent.shape)} needs {extent.num_bytes} bytes"
-        raise IllegalValue(f"{found}, its frame has {frame.nbytes}")
-    return viewed(frame, extent)
-
-
-def viewed(data: memoryview | bytes, extent: Extent, offset: int = 0) -> Array:
-    """The read-only array of this extent in bytes that reach far enough. Raises IllegalValue."""
-    dtype, _, memory_shape, channels_last, _ = extent
-    array: Array = np.ndarray(memory_shape, dtype, data, offset)
-    if type(data) is not bytes:  # which never changes, and begins at a multiple of 16
-        if not array.flags.aligned:
-            array = array.copy()
+        raise IllegalValue(f"{found}, its frame has {view.nbytes}")
+    array: Array = np.ndarray(extent.memory_shape, extent.dtype, view)
+    if not array.flags.aligned:
+        array = array.copy()
         array.setflags(write=False)
-    if dtype is _BOOL and array.view(np.uint8).max(initial=0) > 1:
+    return array
+
+
+def check_bools(array: Array) -> None:
+    """Raises IllegalValue for a byte that is no bool."""
+    if array.view(np.uint8).max(initial=0) > 1:
         raise IllegalValue("tensor of type bool with an element that is neither 0 nor 1")
-    return array.transpose(_FIRST) if channels_last else array
 
 
 def _extent(dtype: np.dtype[Any], shape: tuple[int, ...], channels_last: bool, limits: Limits) -> Extent:

@@ -27,8 +27,8 @@ import msgpack
 import numpy as np
 
 from mergesfl.errors import LocalProtocolError, RemoteProtocolError
-from mergesfl.protocol.arrays import as_it_lies, framed, is_channels_last, viewed
-from mergesfl.protocol.layout import Frame, Spec, announced, frame_bytes, layout_of, unpacked
+from mergesfl.protocol.arrays import BOOL, FIRST, as_it_lies, check_bools, framed
+from mergesfl.protocol.layout import Frame, Layout, announced, keep, layout_of, unpacked
 from mergesfl.protocol.limits import DEFAULT, Limits
 from mergesfl.protocol.messages import (
     PROTOCOL_VERSION,
@@ -85,14 +85,15 @@ class _Format(NamedTuple):
 
     kind: str
     record: type[Message]
+    start: bytes  # of the header, before the values
     plain: tuple[str, ...]  # fields of the header: neither one tensor nor several
     rules: tuple[Rule, ...]  # of these
-    bounds: tuple[tuple[type, float, float], ...]  # that say the same, if they are all of numbers; else none
+    bounds: tuple[tuple[str, type, float, float], ...]  # that say the same, if they are all of numbers; else none
     plain_of: Callable[[Any], Sequence[Any]]  # their values in a message
     arrays: tuple[str, ...]  # fields that are one tensor
     states: tuple[str, ...]  # fields that map names to tensors
     tensors: tuple[str, ...]  # both
-    check: Callable[[Any], None] | None  # the rule that knows more than one field
+    check: Callable[[Any], None] | None  # the rule that knows more than one field, of tensors' types and shapes
 
 
 def _check_features(message: Features) -> None:
@@ -123,19 +124,27 @@ def _format_of(kind: str, record: type[Message]) -> _Format:
     states = tuple(name for name in names if name in STATE_FIELDS)
     plain = tuple(name for name in names if name not in arrays + states)
     rules = tuple(RULES[name] for name in plain)
-    bounds = tuple(BOUNDS[rule] for rule in rules) if all(rule in BOUNDS for rule in rules) else ()
+    are_bounded = all(rule in BOUNDS for rule in rules)
+    bounds = tuple((name, *BOUNDS[RULES[name]]) for name in plain) if are_bounded else ()
     plain_of = attrgetter(*plain) if len(plain) > 1 else lambda message: [getattr(message, name) for name in plain]
     check = _CHECKS.get(record)
-    return _Format(kind, record, plain, rules, bounds, plain_of, arrays, states, arrays + states, check)
+    start = b"\x95" + _PACK(PROTOCOL_VERSION) + _PACK(kind)  # an array of 5
+    return _Format(kind, record, start, plain, rules, bounds, plain_of, arrays, states, arrays + states, check)
 
-
-_FORMATS = {kind: _format_of(kind, record) for kind, record in KINDS.items()}
-_FORMAT_OF = {form.record: form for form in _FORMATS.values()}
 
 # One packer for all, because to make one costs more than to use it: a call of the one in C holds the interpreter's lock
 # throughout. msgpack's fallback in Python does not, and threads would write into each other's message.
 _IS_FALLBACK = msgpack.Packer.__module__ == "msgpack.fallback"
 _PACK = functools.partial(msgpack.packb, use_bin_type=True) if _IS_FALLBACK else msgpack.Packer(use_bin_type=True).pack
+
+_FORMATS = {kind: _format_of(kind, record) for kind, record in KINDS.items()}
+_FORMAT_OF = {form.record: form for form in _FORMATS.values()}
+
+# Layouts of messages that were legal in all that types, shapes and names of tensors tell: what remains to be checked of
+# another one with the same is what it holds. Sent ones by kind, types, shapes, strides and names, received ones by kind
+# and specs.
+_SENT: dict[tuple[object, ...], Layout] = {}
+_RECEIVED: dict[tuple[str, bytes], Layout] = {}
 
 
 def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
@@ -151,7 +160,53 @@ def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
     if form is None:
         raise LocalProtocolError(f"{shown(message)} is no message; the kinds are {', '.join(KINDS)}")
     try:
-        return _encode(form, message, limits)
+        values = form.plain_of(message)
+        bounds = form.bounds if limits is DEFAULT else ()
+        for value, (_, number, low, high) in zip(values, bounds):  # noqa: B905 (as many)
+            if type(value) is not number or not low <= value <= high:  # type: ignore[operator]
+                bounds = ()
+                break
+        if not bounds:  # else they are legal as they are, as every step's
+            values = _ruled(form, values, limits)
+        arrays: list[Array] = []
+        known_by: list[object] = [form.kind]
+        for field in form.arrays:
+            array = getattr(message, field)
+            if not isinstance(array, np.ndarray):
+                raise _no_array(field, array)
+            arrays.append(array)
+            known_by += (array.dtype, array.shape, array.strides)
+        for field in form.states:
+            state = getattr(message, field)
+            if type(state) is not dict and not isinstance(state, Mapping):
+                raise IllegalValue(f"{field} is {shown(state)}, expected a mapping")
+            for key in state:
+                array = state[key]
+                if not isinstance(array, np.ndarray):
+                    raise _no_array(f"{field} {key}" if key else field, array)
+                arrays.append(array)
+                known_by += (field, key, array.dtype, array.shape, array.strides)
+        known = tuple(known_by)
+        layout = _SENT.get(known) if limits is DEFAULT else None
+        if layout is None:
+            layout = _checked_layout(form, message, arrays, limits)
+            if limits is DEFAULT:
+                keep(_SENT, known, layout)
+        announcement, places, _, num_frames, num_frame_bytes = layout
+        frames: list[Frame] = [b""]
+        parts: list[Any] = [form.start, _PACK(values), announcement]  # of the header: what join takes
+        for array, (_, _, extent, offset, padding, is_in_order) in zip(arrays, places):  # noqa: B905 (as many)
+            if not is_in_order:
+                array = as_it_lies(array, extent)
+            if offset is None:
+                frames.append(memoryview(array).cast("B"))  # type: ignore[arg-type]
+            else:
+                parts += (array, padding)
+        frames[0] = b"".join(parts)
+        num_header_bytes = len(frames[0])
+        if num_header_bytes > limits.max_header_bytes or num_header_bytes + num_frame_bytes > limits.max_message_bytes:
+            raise _too_large(1 + num_frames, num_header_bytes, num_header_bytes + num_frame_bytes, limits)
+        return frames
     except IllegalValue as error:
         raise LocalProtocolError(f"cannot send {form.kind}: {error}; correct it where the message is made") from None
 
@@ -166,7 +221,67 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
         RemoteProtocolError: the frames are no legal message. Nothing else is ever raised for the contents of frames.
     """
     try:
-        return _decode(frames, limits)
+        header = frames[0] if frames else b""
+        num_bytes = num_header_bytes = header.nbytes if type(header) is memoryview else len(header)
+        if len(frames) > 1:
+            num_bytes += wire_bytes(frames[1:])
+        if (
+            not 0 <= len(frames) - 1 <= limits.max_tensors
+            or num_header_bytes > limits.max_header_bytes
+            or num_bytes > limits.max_message_bytes
+        ):
+            raise _too_large(len(frames), num_header_bytes, num_bytes, limits)
+        parts = unpacked(header, "header", limits)
+        if type(parts) is not list or len(parts) != 5:
+            raise _illegal_header(parts)
+        version, kind, values, packed, small = parts
+        form = _FORMATS.get(kind) if type(kind) is str else None
+        if (
+            (form is None or version != PROTOCOL_VERSION or type(version) is not int)
+            or (type(values) is not list or type(packed) is not bytes or type(small) is not bytes)
+        ):  # fmt: skip
+            raise _illegal_header(parts)
+        content: dict[str, Any] = {}
+        for value, (field, number, low, high) in zip(values, form.bounds):  # noqa: B905 (their number is asked below)
+            if type(value) is not number or not low <= value <= high:  # type: ignore[operator]
+                break
+            content[field] = value  # as every step's, without the calls of its rule
+        if not len(content) == len(values) == len(form.plain) or limits is not DEFAULT:
+            content = dict(zip(form.plain, _ruled(form, values, limits), strict=True))
+        known = (kind, packed)
+        kept = _RECEIVED.get(known) if limits is DEFAULT else None
+        layout = kept or announced(packed, kind, form.tensors, limits)
+        _, places, num_inline_bytes, num_frames, _ = layout
+        if len(frames) != 1 + num_frames:
+            raise IllegalValue(f"{kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
+        if len(small) != num_inline_bytes:
+            raise IllegalValue(f"{kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
+        for field in form.states:
+            content[field] = {}
+        num_viewed = 1
+        for field, key, extent, offset, _, _ in places:
+            dtype, _, memory_shape, channels_last, _ = extent
+            if offset is None:
+                array = framed(frames[num_viewed], extent)
+                num_viewed += 1
+            else:
+                array = np.ndarray(memory_shape, dtype, small, offset)
+            if dtype is BOOL:
+                check_bools(array)
+            if channels_last:
+                array = array.transpose(FIRST)
+            if key:
+                content[field][key] = array
+            else:
+                content[field] = array
+        message = object.__new__(form.record)
+        object.__setattr__(message, "__dict__", content)  # all its fields, as its __init__ would, which takes long
+        if kept is None:
+            if form.check is not None:
+                form.check(message)
+            if limits is DEFAULT:
+                keep(_RECEIVED, known, layout)
+        return message
     except IllegalValue as error:
         raise RemoteProtocolError(f"{error}; close this peer and see that both ends run the same mergesfl") from None
 
@@ -175,100 +290,37 @@ def wire_bytes(frames: Sequence[Frame]) -> int:
     """Bytes of payload in these frames, header included; the transport's own framing is not."""
     num_bytes = 0
     for frame in frames:
-        num_bytes += len(frame) if type(frame) is bytes else memoryview(frame).nbytes
+        num_bytes += frame.nbytes if type(frame) is memoryview else len(frame)
     return num_bytes
 
 
-def _encode(form: _Format, message: Message, limits: Limits) -> list[Frame]:
-    values = _ruled(form, form.plain_of(message), limits)
-    arrays: list[Array] = []
-    specs: list[Spec] = []
-    for field in form.arrays:
-        _add(field, "", getattr(message, field), arrays, specs)
-    for field in form.states:
-        state = getattr(message, field)
-        if type(state) is not dict and not isinstance(state, Mapping):
-            raise IllegalValue(f"{field} is {shown(state)}, expected a mapping")
-        for key in state:
-            _add(field, key, state[key], arrays, specs)
-    packed, places, _, num_frames, num_frame_bytes = layout_of(tuple(specs), limits)
+def _checked_layout(form: _Format, message: Message, arrays: Sequence[Array], limits: Limits) -> Layout:
+    """Of a message with these tensors that is to be sent."""
+    names = [(field, "") for field in form.arrays]
+    names += [(field, key) for field in form.states for key in getattr(message, field)]
+    layout = layout_of([(*name, array) for name, array in zip(names, arrays, strict=True)], limits)
     if form.check is not None:
         form.check(message)
-    frames: list[Frame] = [b""]
-    small: list[Any] = []  # arrays and padding: what join takes
-    for (_, _, extent, offset, padding), array in zip(places, arrays, strict=True):
-        plain = as_it_lies(array, extent)
-        if offset is None:
-            frames.append(plain.reshape(-1).view(np.uint8).data)
-        else:
-            small += (plain, padding)
-    frames[0] = header = _PACK((PROTOCOL_VERSION, form.kind, values, packed, b"".join(small)))
-    _check_sizes(1 + num_frames, len(header), len(header) + num_frame_bytes, limits)
-    return frames
+    return layout
 
 
-def _add(field: str, key: str, array: object, arrays: list[Array], specs: list[Spec]) -> None:
-    """One tensor more, if it is one."""
-    if not isinstance(array, np.ndarray):
-        what = f"{field} {key}" if key else field
-        raise IllegalValue(f"{what} is {shown(array)}, expected a numpy array (torch: tensor.detach().cpu().numpy())")
-    arrays.append(array)
-    specs.append((field, key, array.dtype, array.shape, is_channels_last(array)))
+def _no_array(what: str, found: object) -> IllegalValue:
+    return IllegalValue(f"{what} is {shown(found)}, expected a numpy array (torch: tensor.detach().cpu().numpy())")
 
 
-def _decode(frames: Sequence[Frame], limits: Limits) -> Message:
-    header_bytes = frame_bytes(frames[0]) if frames else 0
-    _check_sizes(len(frames), header_bytes, header_bytes + wire_bytes(frames[1:]), limits)
-    form, raw_values, packed, small = _parsed(frames[0], limits)
-    content: dict[str, Any] = dict(zip(form.plain, _ruled(form, raw_values, limits), strict=True))
-    for field in form.states:
-        content[field] = {}
-    _, places, num_inline_bytes, num_frames, _ = announced(packed, form.kind, form.tensors, limits)
-    if len(frames) != 1 + num_frames:
-        raise IllegalValue(f"{form.kind} announces {num_frames} frames of tensors and brings {len(frames) - 1}")
-    if len(small) != num_inline_bytes:
-        raise IllegalValue(f"{form.kind} announces {num_inline_bytes} bytes of small tensors, has {len(small)}")
-    num_viewed = 1
-    for field, key, extent, offset, _ in places:
-        if offset is None:
-            array = framed(memoryview(frames[num_viewed]), extent)
-            num_viewed += 1
-        else:
-            array = viewed(small, extent, offset)
-        if field in form.states:
-            content[field][key] = array
-        else:
-            content[field] = array
-    message = object.__new__(form.record)
-    message.__dict__.update(content)  # all its fields, as its __init__ would: of a frozen record that takes long
-    if form.check is not None:
-        form.check(message)
-    return message
-
-
-def _parsed(header: Frame, limits: Limits) -> tuple[_Format, list[object], bytes, bytes]:
-    """Format, values, tensor specs and small tensors of a header; all but the first are still unchecked."""
-    parts = unpacked(header, "header", limits)
+def _illegal_header(parts: object) -> IllegalValue:
+    """What is wrong with this one."""
     if type(parts) is not list or not parts or type(parts[0]) is not int:
-        raise IllegalValue("header is not [version, kind, values, specs, small]")
+        return IllegalValue("header is not [version, kind, values, specs, small]")
     if parts[0] != PROTOCOL_VERSION:
-        raise IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
+        return IllegalValue(f"peer speaks protocol version {parts[0]}, this end speaks {PROTOCOL_VERSION}")
     if len(parts) != 5 or type(parts[2]) is not list or type(parts[3]) is not bytes or type(parts[4]) is not bytes:
-        raise IllegalValue("header is not [version, kind, values, specs, small]")
-    form = _FORMATS.get(parts[1]) if type(parts[1]) is str else None
-    if form is None:
-        raise IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
-    return form, parts[2], parts[3], parts[4]
+        return IllegalValue("header is not [version, kind, values, specs, small]")
+    return IllegalValue(f"unknown kind of message {shown(parts[1])}; the kinds are {', '.join(KINDS)}")
 
 
 def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[object]:
     """What the rules make of the values of the header."""
-    if form.bounds and limits is DEFAULT and len(values) == len(form.bounds):
-        for value, (kind, low, high) in zip(values, form.bounds, strict=True):
-            if type(value) is not kind or not low <= value <= high:  # type: ignore[operator]
-                break
-        else:
-            return values  # as every step's: without the calls below
     if len(values) != len(form.plain):
         names = ", ".join(form.plain)
         raise IllegalValue(f"{form.kind} with {len(values)} values; expected {len(form.plain)}: {names}")
@@ -277,10 +329,9 @@ def _ruled(form: _Format, values: Sequence[object], limits: Limits) -> Sequence[
     ]
 
 
-def _check_sizes(num_frames: int, header_bytes: int, num_bytes: int, limits: Limits) -> None:
+def _too_large(num_frames: int, num_header_bytes: int, num_bytes: int, limits: Limits) -> IllegalValue:
     if not 0 <= num_frames - 1 <= limits.max_tensors:
-        raise IllegalValue(f"message of {num_frames} frames, expected 1 to {limits.max_frames}")
-    if header_bytes > limits.max_header_bytes:
-        raise IllegalValue(f"header of {header_bytes} bytes, the limit is {limits.max_header_bytes}")
-    if num_bytes > limits.max_message_bytes:
-        raise IllegalValue(f"message of {num_bytes} bytes, the limit is {limits.max_message_bytes}")
+        return IllegalValue(f"message of {num_frames} frames, expected 1 to {limits.max_frames}")
+    if num_header_bytes > limits.max_header_bytes:
+        return IllegalValue(f"header of {num_header_bytes} bytes, the limit is {limits.max_header_bytes}")
+    return IllegalValue(f"message of {num_bytes} bytes, the limit is {limits.max_message_bytes}")
