@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergesfl.errors import RemoteProtocolError
+from mergesfl.errors import RemoteProtocolError, TransportError
 from mergesfl.protocol.codec import decode, encode
 from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import Gradient, Pong
@@ -47,6 +48,7 @@ from mergesfl.transport.shared import (
     UP_BEGIN,
     Prefix,
     ServerSide,
+    SharedMemory,
     WorkerSide,
 )
 from mergesfl.transport.zeromq import ZmqServer, ZmqWorker
@@ -501,6 +503,16 @@ def test_a_server_does_not_read_where_it_writes(ends: Ends) -> None:
     refused([prefix], ends.server)  # its own words
 
 
+def test_the_right_nonce_of_another_process_or_descriptor_is_another_offer(ends: Ends) -> None:
+    ends.up([b"header", content(1)])
+    first = bytes(ends.carried[0])
+    for place in (1 + NONCE_BYTES, 1 + NONCE_BYTES + 4):  # of pid and fd
+        wrong = first[:place] + b"\xff\xff\xff\x7f" + first[place + 4 :]
+        assert ends.server.unpack(PEER, [wrong]) is None
+        assert ends.worker.unpack([wrong]) == [wrong]
+    assert as_bytes(ends.up([b"header", content(2)])) == [b"header", content(2)]
+
+
 def offer(pid: int, handle: int, nonce: bytes, *placed: int) -> bytes:
     num_placed = len(placed) // 3
     opening = shared_module._OPENING.pack(MARK, nonce, pid, handle)
@@ -676,6 +688,81 @@ def test_addresses_of_this_machine() -> None:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
             probe.bind(("::1", 0))
         assert is_of_this_machine("::1")
+
+
+def place_of_next(side: WorkerSide | SharedMemory) -> int:
+    """Where the next large frame would lie; it is not sent."""
+    packed = side.pack([b"header", content(1)])
+    side.take_back(packed)
+    return packed.placed[0]
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def fails(server: ZmqServer, peer: bytes, frames: list[bytes], why: str) -> bool:
+    try:
+        server.send(peer, frames)
+    except TransportError as error:
+        return why in str(error)
+    return False
+
+
+def test_what_a_server_cannot_send_takes_no_place() -> None:
+    """It lies in the memory before anybody knows that the peer is full or gone."""
+    few = dataclasses.replace(QUICK, max_queued_messages=1)
+    server, large = ZmqServer("tcp://127.0.0.1:*", few), [b"header", content(1)]
+    worker = ZmqWorker(server.address, few)
+    for _ in range(3):
+        exchange(server, worker, large)
+    ((peer, (memory, _)),) = server._shared._memories.items()
+    crossing = [b"header", *[bytes(LARGE - 1)] * 64]
+    for _ in range(3):  # once its queue is full, the kernel may take some more
+        until(lambda: fails(server, peer, crossing, "does not read"))
+        time.sleep(0.1)
+    place = place_of_next(memory)
+    assert all(fails(server, peer, large, "does not read") for _ in range(3))
+    assert place_of_next(memory) == place
+    worker.close()
+    until(lambda: fails(server, peer, [b"header"], "is unreachable"))
+    assert all(fails(server, peer, large, "is unreachable") for _ in range(3))
+    assert place_of_next(memory) == place
+    server.close()
+
+
+def test_what_a_worker_cannot_send_takes_no_place() -> None:
+    """Neither of messages without a connection, nor of one in whose middle it breaks."""
+    server, large = ZmqServer("tcp://127.0.0.1:*", QUICK), [b"header", content(1), b"small"]
+    worker = ZmqWorker(server.address, QUICK)
+    for _ in range(3):
+        exchange(server, worker, large)
+    side = worker._shared or pytest.fail("no memory")
+    place, send = place_of_next(side), worker._send
+
+    def breaks(frame: Frame, flags: int, copy: bool) -> object:
+        if flags & zmq.SNDMORE == 0:  # after the header, which names the place
+            server.close()
+            time.sleep(0.3)
+        return send(frame, flags, copy)
+
+    worker._send = breaks
+    assert not worker.send(large)
+    worker._send = send
+    assert place_of_next(side) == place
+    assert not any(worker.send(large) for _ in range(3))
+    assert place_of_next(side) == place
+    worker.close()
+
+
+def test_a_message_that_does_not_tell_where_it_came_from_makes_no_memory() -> None:
+    worker = ZmqWorker("tcp://127.0.0.1:9", QUICK)
+    worker._hear_of(zmq.Frame(b"welcome"))
+    assert worker._shared is None
+    worker.close()
 
 
 KILLED = """
