@@ -36,7 +36,7 @@ from mergesfl.transport import shared as shared_module
 from mergesfl.transport import zeromq as zeromq_module
 from mergesfl.transport.addresses import is_of_this_machine
 from mergesfl.transport.area import AREA_BYTES, MAX_PLACED, Area
-from mergesfl.transport.sealed import NONCE_BYTES
+from mergesfl.transport.sealed import NONCE_BYTES, make_memory, open_memory
 from mergesfl.transport.shared import (
     CLOSED_SECONDS,
     FEWEST_BYTES,
@@ -400,8 +400,18 @@ def test_a_worker_that_was_about_to_give_up_and_is_answered_takes_part(ends: End
     worker.close()
 
 
-def test_a_server_of_another_transport_takes_no_offer() -> None:
-    """As behind a forwarded UNIX socket."""
+def test_an_offer_that_could_not_be_sent_is_not_waited_for() -> None:
+    worker, server = WorkerSide(), ServerSide(may_open=True)
+    worker.unpack([b"welcome"])
+    worker.take_back(worker.pack([b"no connection"]))
+    for _ in range(2 * MAX_UNANSWERED):
+        worker.unpack([b"of who has not heard of it"])
+    server.unpack(PEER, list(worker.pack([b"ready"]).frames))
+    assert server.pack(PEER, [b"down", content(1)]).placed
+    worker.close()
+
+
+def test_a_server_that_opens_no_memory_takes_no_offer() -> None:
     server = ServerSide(may_open=False)
     worker = newcomer(server, PEER)
     assert server.unpack(PEER, list(worker.pack([b"up", content(1)]).frames)) == [b"up", content(1)]
@@ -519,10 +529,10 @@ def offer(pid: int, handle: int, nonce: bytes, *placed: int) -> bytes:
     return opening + shared_module._numbers(0, num_placed).pack(0, num_placed, *placed) + b"header"
 
 
-def sealed(num_bytes: int, seals: int, nonce: bytes) -> int:
+def sealed(num_bytes: int, seals: int, nonce: bytes, name: str = "mergesfl") -> int:
     import fcntl
 
-    handle = os.memfd_create("strange", os.MFD_ALLOW_SEALING)
+    handle = os.memfd_create(name, os.MFD_ALLOW_SEALING)
     os.ftruncate(handle, num_bytes)
     os.pwrite(handle, nonce, 0)
     fcntl.fcntl(handle, fcntl.F_ADD_SEALS, seals)
@@ -536,6 +546,7 @@ def strange_files(folder: Path, nonce: bytes) -> Iterator[tuple[str, int]]:
     yield "too small", sealed(MEMORY_BYTES - 1, fcntl.F_SEAL_SHRINK, nonce)
     yield "too large", sealed(MEMORY_BYTES + 1, fcntl.F_SEAL_SHRINK, nonce)
     yield "another nonce", sealed(MEMORY_BYTES, fcntl.F_SEAL_SHRINK, bytes(NONCE_BYTES))
+    yield "another name", sealed(MEMORY_BYTES, fcntl.F_SEAL_SHRINK, nonce, "other")
     plain = folder / "plain"
     plain.write_bytes(nonce)
     os.truncate(plain, MEMORY_BYTES)
@@ -562,6 +573,39 @@ def test_what_is_no_sealed_memory_of_the_offered_nonce_is_not_taken(tmp_path: Pa
     handle = sealed(MEMORY_BYTES, fcntl.F_SEAL_SHRINK, nonce)  # and this one is
     asked = offer(os.getpid(), handle, nonce, 1, UP_BEGIN, LARGE)
     assert as_bytes(ServerSide(may_open=True).unpack(PEER, [asked])) == [b"header", bytes(LARGE)]
+    os.close(handle)
+
+
+def test_a_stranger_makes_the_server_look_at_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask a file system that hangs for no more than what a file is would hold the server."""
+    plain = tmp_path / "mergesfl"
+    plain.write_bytes(bytes(NONCE_BYTES))
+    handle = os.open(plain, os.O_RDWR)
+    server = ServerSide(may_open=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", lambda *_: pytest.fail("opened"))
+        assert server.unpack(PEER, [offer(os.getpid(), handle, bytes(NONCE_BYTES))]) == [b"header"]
+    os.close(handle)
+
+
+def test_no_memory_can_be_opened_before_it_has_its_nonce(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def draw(num_bytes: int) -> bytes:
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(path.readlink()).startswith("/memfd:mergesfl"):
+                    tried.append(int(path.name))
+        for handle in tried:
+            with pytest.raises((OSError, ValueError)):
+                open_memory((os.getpid(), handle), MEMORY_BYTES, bytes(NONCE_BYTES))
+        return content(7, num_bytes)
+
+    monkeypatch.setattr(os, "urandom", draw)
+    memory, handle = make_memory(MEMORY_BYTES)
+    assert handle in tried
+    assert memory[:NONCE_BYTES] == content(7, NONCE_BYTES)
+    open_memory((os.getpid(), handle), MEMORY_BYTES, content(7, NONCE_BYTES))
     os.close(handle)
 
 
@@ -610,7 +654,7 @@ def local_address(transport: str) -> Iterator[str]:
 
 
 def crossed(transport: str, settings: LinkSettings, may_open: bool = True) -> tuple[list[int], list[int]]:
-    """Bytes of three messages with a large frame as they cross the socket, up and down, beyond what is small.
+    """How many large frames of each of four messages, which have one, cross the socket, up and down.
 
     Looked at from outside: a plain ROUTER in the place of the server answers with the prefix of a real one.
     """

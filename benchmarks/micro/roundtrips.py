@@ -1,10 +1,11 @@
 """Round trips of our protocol against others: `python -m benchmarks.micro.roundtrips` prints one table.
 
-Features go up and as many bytes of gradient come back, between two processes on this machine, over TCP's loopback and
-over a UNIX socket (ipc). All contestants (benchmarks/micro/peers.py) are connected at the same time and take turns in
-every repeat. Told are, of the repeats' figures, the medians: MB/s both ways together with NUM_IN_FLIGHT messages on the
-way (the parts of a step), p50 and p99 of a single message and its answer, and the ratios to bare pyzmq (multipart,
-copy=False), each taken within a repeat.
+Features go up and as many bytes of gradient come back, between two processes on this machine, connected over TCP's
+loopback and over a UNIX socket (ipc); what is large of ours lies in common memory, except that of "ours by socket". All
+contestants (benchmarks/micro/peers.py) are connected at the same time and take turns in every repeat. Told are, of the
+repeats' figures, the medians: MB/s both ways together with NUM_IN_FLIGHT messages on the way (the parts of a step), p50
+and p99 of a single message and its answer, and the ratios to bare pyzmq (multipart, copy=False), each taken within a
+repeat.
 """
 
 from __future__ import annotations

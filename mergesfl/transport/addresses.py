@@ -67,7 +67,10 @@ def check_ipc_path(address: str) -> None:
 
 
 def is_of_this_machine(host: str) -> bool:
-    """Whether this numeric address, IPv4 or IPv6, is one of this machine's own: nobody can bind another's."""
+    """Whether this numeric address, IPv4 or IPv6, is one of this machine's own, which alone can be bound.
+
+    (But for net.ipv4.ip_nonlocal_bind = 1, where all can.)
+    """
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
         family, kind, _, _, own = found[0]

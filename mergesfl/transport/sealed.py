@@ -17,6 +17,7 @@ from pathlib import Path
 if sys.platform == "linux":
     import fcntl
 
+_NAME = "mergesfl"
 NONCE_BYTES = 16  # random, at the beginning: who finds them there has the memory that was meant
 Source = tuple[int, int]  # pid and file descriptor of who made it
 Identity = tuple[int, int]  # device and inode
@@ -30,27 +31,30 @@ def make_memory(num_bytes: int) -> tuple[mmap.mmap, int]:
     if sys.platform != "linux" or not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
         raise OSError("no sealed memory on this system")
     _check_system()
-    handle = os.memfd_create("mergesfl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    handle = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        os.pwrite(handle, os.urandom(NONCE_BYTES), 0)  # before it has the size and seals with which it may be opened
         os.ftruncate(handle, num_bytes)
         fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         memory = mmap.mmap(handle, num_bytes)
     except BaseException:
         os.close(handle)
         raise
-    memory[:NONCE_BYTES] = os.urandom(NONCE_BYTES)
     return memory, handle
 
 
 def open_memory(source: Source, num_bytes: int, nonce: bytes) -> tuple[mmap.mmap, Identity]:
     """What another process has made, once all is found as it must be. Raises OSError and ValueError.
 
-    The other one may name any file of any process: none is opened that is no plain one of this size and user, and none
-    is mapped that could shrink, or does not begin with the nonce.
+    The other one, who may be anybody where the server listens on TCP, may name any file of any process: none is looked
+    at that is no memory of this name, none is opened that is not of this size and user, and none is mapped that could
+    shrink, or does not begin with the nonce.
     """
     if sys.platform != "linux" or not hasattr(fcntl, "F_GET_SEALS"):
         raise OSError("no sealed memory on this system")
     _check_system()
+    if not os.readlink(_path(source)).startswith(f"/memfd:{_NAME}"):  # noqa: PTH115 (asks no file system)
+        raise ValueError("no memory of mergesfl")
     looked_at = os.open(_path(source), os.O_PATH | os.O_CLOEXEC)  # opens nothing yet
     try:
         found = os.fstat(looked_at)

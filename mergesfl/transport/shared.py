@@ -13,10 +13,11 @@ The memory is the worker's (sealed.py), one for each endpoint. One half is writt
 
 Once it has heard of the server, the worker offers its memory in front of its headers: nonce, process, file descriptor.
 A server that can open /proc/PID/fd/FD and finds the nonce there has the same memory, and says so by the same opening in
-front of its own next header; then both use it. That both are on one machine is proved by the nonce alone: it is random,
-and it crosses no network, as a worker offers it to addresses of its own machine only. Every prefix repeats the offer,
-so that a server that was started anew can read what comes. It finds the byte `opened` set by its predecessor, whose
-frames may still be read, and writes nothing. A prefix is, little-endian,
+front of its own next header; then both use it. Over TCP a worker offers it to addresses of its own machine only. What
+proves that the server is there, too, and no forwarded port of another machine, is the nonce, which is random: elsewhere
+nobody finds it, whoever hears it. Every prefix repeats the offer, so that a server that was started anew can read what
+comes. It finds the byte `opened` set by its predecessor, whose frames may still be read, and writes nothing. A prefix
+is, little-endian,
 
     u8 0xC1 (which begins no msgpack) | 16 bytes nonce | u32 pid | u32 fd | u16 freed | u16 placed
     u64 offset                         of each frame that the sender has let go of: its place is free again
@@ -238,6 +239,7 @@ class WorkerSide:
 
     def take_back(self, packed: Packed) -> None:
         """The message could not be sent."""
+        self._has_offered = False  # the next one says it again
         self._shared.take_back(packed)
 
     def unpack(self, frames: list[Frame]) -> list[Frame]:
