@@ -13,6 +13,9 @@ what the tensors are, and the elements of those, in their order, that still fit 
 2. What we would refuse we do not send: `encode` applies the same rules and raises LocalProtocolError.
 
 No pickle, no msgpack extension types, no object or complex arrays. [ours]
+
+Each way is one function. Every message of a step takes it between two stretches of computing, with cold caches, where a
+call costs more than its lines do (benchmarks/LOG.md, 2026-11-26); what raises stands apart.
 """
 
 from __future__ import annotations
@@ -168,6 +171,7 @@ def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
                 break
         if not bounds:  # else they are legal as they are, as every step's
             values = _ruled(form, values, limits)
+        # The tensors, and what the layout of a message is known by.
         arrays: list[Array] = []
         known_by: list[object] = [form.kind]
         for field in form.arrays:
@@ -193,6 +197,7 @@ def encode(message: Message, limits: Limits = DEFAULT) -> list[Frame]:
             if limits is DEFAULT:
                 keep(_SENT, known, layout)
         announcement, places, _, num_frames, num_frame_bytes = layout
+        # The header, with the small ones, and the frames.
         frames: list[Frame] = [b""]
         parts: list[Any] = [form.start, _PACK(values), announcement]  # of the header: what join takes
         for array, (_, _, extent, offset, padding, is_in_order) in zip(arrays, places):  # noqa: B905 (as many)
@@ -241,6 +246,7 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
             or (type(values) is not list or type(packed) is not bytes or type(small) is not bytes)
         ):  # fmt: skip
             raise _illegal_header(parts)
+        # The values.
         content: dict[str, Any] = {}
         for value, (field, number, low, high) in zip(values, form.bounds):  # noqa: B905 (their number is asked below)
             if type(value) is not number or not low <= value <= high:  # type: ignore[operator]
@@ -248,6 +254,7 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT) -> Message:
             content[field] = value  # as every step's, without the calls of its rule
         if not len(content) == len(values) == len(form.plain) or limits is not DEFAULT:
             content = dict(zip(form.plain, _ruled(form, values, limits), strict=True))
+        # The tensors, as they were announced.
         known = (kind, packed)
         kept = _RECEIVED.get(known) if limits is DEFAULT else None
         layout = kept or announced(packed, kind, form.tensors, limits)
