@@ -222,27 +222,19 @@ class Session:
         raise RemoteProtocolError(objection)
 
     def _is_next(self, message: Any) -> bool:
-        """Counts the very message of a step that is next, as `_take` would, in one look; leaves all else to that."""
+        """Takes the very message of a step that is next, found legal in one look; leaves all else to `_take`."""
         if message.round_num != self._round_num or message.step != self._step:
             return False
         if type(message) is Gradient:
-            if not (self.state is _WAITING or self.state is _WORKING):
+            is_due = self.state is _WAITING or self.state is _WORKING
+            if not (is_due and message.part == self._num_answered < self._num_sent):
                 return False
-            if message.part != self._num_answered or self._num_answered >= self._num_sent:
+            self.state = self._advanced(message, _WORKING)
+        else:
+            is_due = self.state is _WORKING and self._step < self._num_exchanges
+            if not (is_due and message.part == self._num_sent):
                 return False
-            self._num_answered += 1
-            if self._num_answered == self._num_parts:
-                self._num_sent = self._num_answered = 0
-                self._step += 1
-                self.state = _WORKING
-            return True
-        if self.state is not _WORKING or message.part != self._num_sent or self._step >= self._num_exchanges:
-            return False
-        if self._late:
-            self._late.clear()
-        self._num_sent += 1
-        if self._num_sent == self._num_parts:
-            self.state = _WAITING
+            self.state = self._advanced(message, _WAITING)
         return True
 
     def _take(self, speaker: Role, message: Message) -> str:
