@@ -105,11 +105,8 @@ class Switchboard:
         Raises InterruptedRunError.
         """
         self._check()
-        now_seconds = self._clock.now_seconds()
-        if now_seconds >= self._next_chase_seconds:
-            self._chase(now_seconds)
-        poll_seconds = self.patience.poll_seconds
-        arrived = self._endpoint.recv(timeout_seconds if timeout_seconds < poll_seconds else poll_seconds)
+        self._chase()
+        arrived = self._endpoint.recv(min(timeout_seconds, self.patience.poll_seconds))
         if arrived is None:
             return None
         return self._handle(*arrived)
@@ -120,9 +117,7 @@ class Switchboard:
         At most MAX_SETTLED_MESSAGES and for MAX_SETTLE_SECONDS, so that a peer that never stops talking cannot hold the
         run.
         """
-        now_seconds = self._clock.now_seconds()
-        if now_seconds >= self._next_chase_seconds:
-            self._chase(now_seconds)
+        self._chase()
         end_seconds = self._clock.now_seconds() + MAX_SETTLE_SECONDS
         for _ in range(MAX_SETTLED_MESSAGES):
             self._check()
@@ -194,8 +189,11 @@ class Switchboard:
         self.egress_bytes += wire_bytes(frames)
         return True
 
-    def _chase(self, now_seconds: float) -> None:
+    def _chase(self) -> None:
         """Looks after workers that have registered and are not ready: some are unreachable, some take too long."""
+        now_seconds = self._clock.now_seconds()
+        if now_seconds < self._next_chase_seconds:
+            return
         self._next_chase_seconds = now_seconds + self._ready_seconds / NUM_READY_PROBES
         for member in self._fleet.not_ready():
             if now_seconds - member.registered_seconds > self._ready_seconds:

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergesfl.errors import RemoteProtocolError, TransportError
+from mergesfl.processes import local_address
 from mergesfl.protocol.codec import decode, encode
 from mergesfl.protocol.layout import Frame
 from mergesfl.protocol.messages import Gradient, Pong
@@ -645,12 +645,6 @@ def exchange(server: ZmqServer, worker: ZmqWorker, frames: list[bytes]) -> None:
     answer = worker.recv(PATIENCE_SECONDS)
     assert answer is not None
     assert as_bytes(answer) == frames
-
-
-@contextlib.contextmanager
-def local_address(transport: str) -> Iterator[str]:
-    with TemporaryDirectory(prefix="msfl") as folder:
-        yield f"ipc://{folder}/ps" if transport == "ipc" else "tcp://127.0.0.1:*"
 
 
 def crossed(transport: str, settings: LinkSettings, may_open: bool = True) -> tuple[list[int], list[int]]:

@@ -52,9 +52,9 @@ def open_memory(source: Source, num_bytes: int, nonce: bytes) -> tuple[mmap.mmap
     """
     if sys.platform != "linux" or not hasattr(fcntl, "F_GET_SEALS"):
         raise OSError("no sealed memory on this system")
-    _check_system()
     if not os.readlink(_path(source)).startswith(f"/memfd:{_NAME}"):  # noqa: PTH115 (asks no file system)
         raise ValueError("no memory of mergesfl")
+    _check_system()
     looked_at = os.open(_path(source), os.O_PATH | os.O_CLOEXEC)  # opens nothing yet
     try:
         found = os.fstat(looked_at)

@@ -244,7 +244,7 @@ class WorkerSide:
 
     def unpack(self, frames: list[Frame]) -> list[Frame]:
         """The message as it was sent; as it came, if its prefix is no legal one: the codec refuses that."""
-        if frames[0][:1] == MARK and bytes(frames[0]).startswith(self._shared.opening):
+        if frames[0][: _OPENING.size] == self._shared.opening:
             self._shared.may_place = self._is_offering = True
             return self._shared.unpack(frames)
         if not self._shared.may_place:
